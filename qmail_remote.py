@@ -1,0 +1,2195 @@
+#!/bin/sh
+''':'
+# sh reads these lines, Python takes them for a string.  A child, not exec,
+# and a trap: whatever keeps python3 from starting (it is missing, there is no
+# memory or no process left, this file is damaged) must end as exit 111, a
+# deferral; any other status but 0 bounces the mail.  fd 2 is the reports'
+# pipe, so that a traceback there would bounce it as well.
+trap 'exit 111' 0
+[ -t 2 ] || exec 2>/dev/null
+LC_ALL=C python3 -IS -X under_sh "$0" "$@" && trap - 0 && exit 0
+exit 111
+':'''
+#
+# Copyright (c) 2026 the qmail_remote.py authors
+#
+# Permission to use, copy, modify, and distribute this software for any
+# purpose with or without fee is hereby granted, provided that the above
+# copyright notice and this permission notice appear in all copies.
+#
+# THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
+# WITH REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF
+# MERCHANTABILITY AND FITNESS. IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR
+# ANY SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES
+# WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN
+# ACTION OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF
+# OR IN CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
+
+# ---------------------------------------------------------------- 1. Start
+# The manual, the version, the few modules that every run needs.
+
+__doc__ = """\
+NAME
+    qmail-remote - send mail via SMTP
+
+SYNOPSIS
+    qmail-remote host sender recip [recip ...]
+
+DESCRIPTION
+    qmail-remote reads a mail message from its input and sends the message
+    to one or more recipients at a remote host.  qmail-rspawn runs it for
+    each remote delivery; if $QMAILREMOTE is set, qmail-rspawn (notqmail
+    1.08 and later) runs the program named there instead.
+
+    host is a domain name, or an IP address: 1.2.3.4, [1.2.3.4],
+    [2001:db8::1] or [IPv6:2001:db8::1].  The message goes to the mail
+    exchangers that the Domain Name System lists for host, best preference
+    first, or to host itself if there are none, over IPv4 and IPv6.
+    smtproutes and authsenders can name a relay instead.
+
+    Until one server has accepted the sender, whatever goes wrong there (no
+    connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
+    to the next one.  After that the server's word is final.
+
+    There are no options; getopt(3) is not followed.
+
+TRANSPARENCY
+    Each LF of the message becomes CR LF, a dot at the beginning of a line
+    is doubled.  CR LF in the message stays one line end, and a CR alone
+    ends a line too, so that no part of a message can be taken for the end
+    of it.  All other bytes go out as they are, NULs, 8-bit bytes and long
+    lines included.  A message that does not end with a newline cannot be
+    sent.
+
+    The domain of an address is sent as it is, never rewritten; a local
+    part that needs it is quoted.  An address with CR, LF or NUL, or with a
+    space, a control byte, < or > outside its local part, is refused and
+    never sent.
+
+RESULTS
+    qmail-remote prints one report for each recipient, in the order of the
+    arguments (fewer if the delivery fails), then one report for the
+    message; each ends with a NUL.  The first letter tells the outcome.
+
+    r   recipient report: accepted
+    h   recipient report: permanently refused
+    s   recipient report: temporarily refused
+    K   message report: the server has taken responsibility for the message
+        and every accepted recipient
+    Z   message report: temporary failure
+    D   message report: permanent failure
+
+    A description for a human reader follows.  When several servers were
+    tried, it ends with one line for each that failed.  User names and
+    passwords are cut out of what servers say.
+
+    qmail-remote exits 0, always, unless Python cannot be started at all:
+    then 111, which qmail-rspawn reads as a temporary failure.
+
+CONTROL FILES
+    All of them are in the directory control of the qmail home.  A file may
+    be absent.  One that cannot be read, is longer than 1 MiB or holds
+    nonsense defers all mail.
+
+    helohost
+        Name to greet with.  Default: me, if that is supplied; otherwise
+        qmail-remote refuses to run.
+
+    smtproutes
+        Artificial routes, one a line: domain:relay, domain:relay:port or
+        domain:relay:port|user|password.  If domain is host, the message
+        goes to relay, by the addresses of relay, without a look at its
+        mail exchangers.  relay may be a name, 1.2.3.4, [1.2.3.4] or
+        [2001:db8::1].  A domain that starts with a dot stands for all
+        names that end with it, an empty one for every host.  An empty
+        relay means: mail exchangers as usual (on port, if one is given).
+
+            inside.af.mil:firewall.af.mil:26
+            .af.mil:
+            :heaven.af.mil
+
+        The longest match counts: here inside.af.mil has its own relay, all
+        other names that end with .af.mil use their mail exchangers, and
+        everything else goes to heaven.af.mil.
+
+    authsenders
+        Relays and passwords by envelope sender, stronger than smtproutes:
+        sender:relay|user|password, sender:relay:port|user|password.  The
+        sender is tried as a whole, then each part of it that starts with
+        an @ or a dot, then the empty name, which matches every sender.
+
+            @example.com|generic|passwd
+            .subdomain.example.com|other|otherpw
+            mail@example.com|test|testpass
+            info@example.com:smtp.example.com:26|other|otherpw
+            :mailrelay.example.com|e=mc2|testpass
+
+        The password is the rest of the line, | and : included.  Without a
+        relay (the first three lines) the route is that of smtproutes, and
+        the password goes to a relay named there.  A server that only the
+        Domain Name System named never gets a password; mail goes to it
+        without.  A line with a relay but without user and password is a
+        route only; sender: alone means mail exchangers as usual.
+
+        Methods are CRAM-MD5, PLAIN and LOGIN.  This file and smtproutes
+        hold passwords: give them to root, group qmail, mode 0640.
+
+    timeoutconnect
+        Seconds to wait for a server to accept a connection.  Default: 60.
+
+    timeoutremote
+        Seconds to wait for each reply of a server, whole, and for each
+        64 KiB of the message to leave.  Default: 1200.
+
+    moreipme, notipme
+        IP addresses, one a line, that are this host's besides those that
+        it can find out itself, and that are not this host's after all.
+        10.0.0.0/8 and 10.0.0.0/255.0.0.0 stand for whole networks.
+        Mail is never sent to an exchanger that is this host, nor to one
+        that is not preferred to it.
+
+    ../queue/lock/tcpto
+        Servers that recently timed out, shared with qmail-tcpto(8) and
+        qmail-tcpok(8).
+
+ENVIRONMENT
+    QMAILHOME   the qmail home, instead of /var/qmail
+    DNSCACHEIP  name servers, separated by blanks, instead of those in
+                /etc/resolv.conf: 127.0.0.1, ::1, 127.0.0.1:5353 or
+                [::1]:5353
+
+SECURITY
+    Nothing that an address, a message, a control file or a reply holds can
+    become a command.  No program is run.  Passwords are sent to relays that
+    the administrator named, nowhere else.
+
+SEE ALSO
+    qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),
+    qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505
+"""
+
+import errno
+import fcntl
+import os
+import select
+import stat
+import struct
+import sys
+import time
+
+try:
+    import _socket as socket    # the C half has all we need; the Python half
+except ImportError:             # costs as much to import as all else here
+    import socket
+
+VERSION = '0.1'
+QMAIL_HOME = "/var/qmail"
+
+
+class Value:
+    """A record with the fields that __slots__ names, in their order."""
+    __slots__ = ()
+
+    def __init__(self, *fields):
+        for name, field in zip(self.__slots__, fields):
+            setattr(self, name, field)
+
+    def _fields(self):
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self._fields() == other._fields()
+
+    def __repr__(self):
+        return '%s%r' % (type(self).__name__, self._fields())
+
+
+# --------------------------------------------------------------- 2. Limits
+# Every number, and where it comes from.  Times are in seconds.
+
+PORT_SMTP = 25                  # RFC 5321 4.5.4.2
+TIMEOUT_CONNECT = 60            # qmail-remote.8, timeoutconnect
+TIMEOUT_REMOTE = 1200           # qmail-remote.8, timeoutremote
+TIMEOUT_MAX = 86400             # a day; qmail-send looks more often
+CONTROL_MAX = 1 << 20           # bytes of a control file
+REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
+REPLY_KEPT = 16384              # bytes of a reply kept, before masking
+TRAIL_MAX = 200                 # bytes of a reply shown in the trail
+INPUT_BLOCK = 65536             # bytes asked of the socket at once
+MESSAGE_BLOCK = 65536           # bytes of the message read and sent at once
+SERVERS_MAX = 20                # addresses tried in one run
+EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
+ADDRESSES_MAX = 256             # addresses of one exchanger and family
+AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
+ORPHAN_CHECK = 5                # how soon a killed launcher is noticed
+
+DNS_PORT = 53
+DNS_TIMEOUT, DNS_ATTEMPTS = 5, 2            # resolv.conf(5)
+DNS_TIMEOUT_MAX, DNS_ATTEMPTS_MAX = 30, 5   # resolv.conf(5)
+DNS_SERVERS_MAX = 3                         # MAXNS, resolv.h
+DNS_UDP_SIZE = 1232                         # EDNS0 without fragmentation
+DNS_LINKS_MAX = 10                          # CNAMEs from one name
+DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
+DNS_TOGETHER = 256                          # questions in flight
+
+TCPTO_RECORDS, TCPTO_SIZE = 64, 16          # tcpto.c
+TCPTO_COUNT_MAX = 10
+TCPTO_SKIP_COUNT = 2
+TCPTO_FRESH = 120
+
+# Errors of this host, not of a peer: no server is to blame for them.
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+# ------------------------------------------------------------- 3. Outcomes
+# What a run can end with, and the only code that writes to fd 1.
+
+USAGE = b'DI (qmail-remote) was invoked improperly. (#5.3.5)\n'
+NO_HOME = b'ZUnable to switch to home directory. (#4.3.0)\n'
+NO_CONTROL = b'ZUnable to read control files. (#4.3.0)\n'
+NO_MEMORY = b'ZOut of memory. (#4.3.0)\n'
+NO_RESOURCES = b'ZSystem resources temporarily unavailable. (#4.3.0)\n'
+KILLED = b'ZI was told to stop. (#4.3.0)\n'
+DNS_SOFT = b"ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
+DNS_HARD = b"DSorry, I couldn't find any host named %s. (#5.1.2)\n"
+RELAY_HARD = b"ZSorry, I couldn't find the relay %s. (#4.4.4)\n"
+NO_ADDRESS = b"DSorry, I couldn't find a mail exchanger or IP address. " \
+    b"(#5.4.4)\n"
+NULL_MX = b'DSorry, %s does not accept mail. (#5.1.10)\n'
+OWN_ADDRESS = b"DSorry. Although I'm listed as a best-preference MX or A " \
+    b"for that host,\nit isn't in my control/locals file, so I don't treat " \
+    b"it as local. (#5.4.6)\n"
+NO_CONNECTION = b"ZSorry, I wasn't able to establish an SMTP connection. " \
+    b"(#4.4.1)\n"
+NO_MESSAGE = b'ZUnable to read message. (#4.3.0)\n'
+PARTIAL_LINE = b'DSMTP cannot transfer messages with partial final lines. ' \
+    b'(#5.6.2)\n'
+BAD_SENDER = b'DSorry, that sender address cannot be sent over SMTP. ' \
+    b'(#5.1.7)\n'
+BAD_RECIPIENT = b'hSorry, that address cannot be sent over SMTP. (#5.1.3)\n'
+NO_RECIPIENT = b'DGiving up: no address is left to send to. (#5.1.3)\n'
+SENDER_8BIT = b'D%s does not take non-ASCII addresses, such as the ' \
+    b"sender's. (#5.6.7)\n"
+RECIPIENT_8BIT = b'h%s does not take non-ASCII addresses. (#5.6.7)\n'
+
+# The refusals and losses of a session; %s is the server's IP address.
+GREETING_FAILED = b'ZConnected to %s but greeting failed.\n'
+NAME_REJECTED = b'ZConnected to %s but my name was rejected.\n'
+SENDER_REJECTED = b'DConnected to %s but sender was rejected.\n'
+RECIPIENT_REJECTED = b'h%s does not like recipient.\n'
+GIVING_UP = b'DGiving up on %s.\n'
+DATA_FAILED = b'D%s failed on DATA command.\n'
+MESSAGE_FAILED = b'D%s failed after I sent the message.\n'
+ACCEPTED = b'%s accepted message.\n'
+DIED = b'ZConnected to %s but connection died. (#4.4.2)\n'
+DIED_LATE = b'ZConnected to %s but connection died. ' \
+    b'Possible duplicate! (#4.4.2)\n'
+AUTH_REJECTED = b'ZConnected to %s but authentication was rejected (%s).\n'
+AUTH_UNDECODABLE = b'ZConnected to %s but unable to base64decode challenge.\n'
+AUTH_UNENCODABLE = b'ZConnected to %s but unable to base64encode %s.\n'
+AUTH_MISSING = b'no supported AUTH method found, continuing without ' \
+    b'authentication.\n'
+
+
+class Report(Exception):
+    """Ends the run.  text is the message report, its letter first;
+    recipients are the recipient reports before it.  Bytes, without NULs."""
+
+    def __init__(self, text, recipients=()):
+        Exception.__init__(self, text)
+        self.text, self.recipients = text, list(recipients)
+
+
+class NextServer(Exception):
+    """This server cannot have the message; the next one may.
+
+    report is what to say if there is none, or None; note the trail's words;
+    answered tells whether the server itself refused, permanent whether it
+    did so for good (5xx to MAIL)."""
+
+    def __init__(self, report, note, answered=False, permanent=False):
+        Exception.__init__(self, note)
+        self.report, self.note = report, note
+        self.answered, self.permanent = answered, permanent
+
+
+class TimedOut(Exception):
+    """A deadline has passed."""
+
+
+class Lost(Exception):
+    """The line is dead, or the peer is out of step; unsent is the number of
+    bytes of the last send that never left."""
+
+    def __init__(self, note, unsent=0):
+        Exception.__init__(self, note)
+        self.note, self.unsent = note, unsent
+
+
+def temporary(text):
+    """The same report, as a temporary one: D becomes Z, h becomes s."""
+    return {b'D': b'Z', b'h': b's'}.get(text[:1], text[:1]) + text[1:]
+
+
+def printable(text):
+    """Bytes outside 33-126 as ?  (qmail-remote.c, outsafe())."""
+    return bytes(c if 33 <= c <= 126 else 63 for c in text)
+
+
+def output_of(report):
+    """All that goes to fd 1: each report ended by its NUL."""
+    return b''.join(text.replace(b'\0', b'?') + b'\0'
+                    for text in report.recipients + [report.text])
+
+
+def write_output(output):
+    """Writes to fd 1, once; if nobody reads it, nobody can be told."""
+    try:
+        os.set_blocking(1, True)
+        while output:
+            output = output[os.write(1, output):]
+    except OSError:
+        pass
+
+
+# -------------------------------------------------------- 4. Control files
+# The only code that opens them; parsers for what they hold.
+
+class Control(Value):
+    """What the control files say.  Names and addresses are bytes, timeouts
+    seconds; the routes are dicts, as parse_routes() and parse_senders()
+    give them; moreipme and notipme as parse_networks() gives them."""
+    __slots__ = ('helohost', 'timeoutconnect', 'timeoutremote', 'smtproutes',
+                 'authsenders', 'moreipme', 'notipme')
+
+
+class Route(Value):
+    """Where mail goes: relay (bytes; None: by MX), port (an int, or None:
+    as usual), credentials ((user, password) or None)."""
+    __slots__ = ('relay', 'port', 'credentials')
+
+
+class Invalid(Exception):
+    """A control file holds nonsense."""
+
+
+def read_file(path, most):
+    """The bytes of a regular file or device, None if there is none; never
+    waits for a FIFO.  Raises OSError, and Invalid if it is anything else or
+    holds more than most bytes."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+            raise Invalid(path)
+        data = b''
+        while len(data) <= most:
+            block = os.read(fd, most + 1 - len(data))
+            if not block:
+                return data
+            data += block
+        raise Invalid(path)
+    finally:
+        os.close(fd)
+
+
+def read_control():
+    """All control files, from below the current directory, as a Control.
+    Raises Report."""
+    def read(name):
+        return read_file(b'control/' + name, CONTROL_MAX)
+    try:
+        me, helohost = read(b'me'), read(b'helohost')
+        return Control(
+            parse_helohost(me if helohost is None else helohost),
+            parse_number(read(b'timeoutconnect'), TIMEOUT_CONNECT),
+            parse_number(read(b'timeoutremote'), TIMEOUT_REMOTE),
+            parse_routes(read(b'smtproutes')),
+            parse_senders(read(b'authsenders')),
+            parse_networks(read(b'moreipme')),
+            parse_networks(read(b'notipme')))
+    except (OSError, Invalid):
+        raise Report(NO_CONTROL)
+
+
+def first_line(data):
+    """The first line, without the blanks at its end (control.c)."""
+    return data.split(b'\n', 1)[0].rstrip(b' \t\n')
+
+
+def lines_of(data):
+    """The lines that count: no blank ones, no comments (control.c)."""
+    lines = (line.rstrip(b' \t') for line in (data or b'').split(b'\n'))
+    return [line for line in lines if line and not line.startswith(b'#')]
+
+
+def parse_helohost(data):
+    """The name for EHLO.  Raises Invalid if there is none, or if it would
+    not stay on its line."""
+    name = first_line(data or b'')
+    if not name or b'\r' in name or b'\0' in name:
+        raise Invalid('helohost')
+    return name
+
+
+def parse_number(data, default):
+    """Leading ASCII digits, as seconds from 1 to TIMEOUT_MAX; the default
+    if there is none (control.c, control_readint())."""
+    line = first_line(data or b'')
+    digits = line[:len(line) - len(line.lstrip(b'0123456789'))]
+    if not digits:
+        return default
+    # Six digits are more than TIMEOUT_MAX; int() of 5,000 would be refused.
+    return min(max(int(digits.lstrip(b'0')[:6] or b'0'), 1), TIMEOUT_MAX)
+
+
+def parse_networks(data):
+    """Addresses, one a line, alone or with /bits or /mask, as a list of
+    (packed address, packed mask).  Raises Invalid."""
+    found = []
+    for line in lines_of(data):
+        text, slash, mask = line.partition(b'/')
+        address = canonical(text.strip(b'[]'))
+        if address is None:
+            raise Invalid(line)
+        size = len(packed(address))
+        bits = mask if slash else b'%d' % (8 * size)
+        if bits.isdigit() and len(bits) < 4 and int(bits) <= 8 * size:
+            number = (1 << 8 * size) - (1 << 8 * size - int(bits))
+            found.append((packed(address), number.to_bytes(size, 'big')))
+        elif size == 4 and b':' not in mask and canonical(mask):
+            found.append((packed(address), packed(mask)))
+        else:
+            raise Invalid(line)
+    return found
+
+
+def in_networks(address, networks):
+    """Whether an address (text) is in one of parse_networks()."""
+    wanted = packed(address)
+    return any(len(network) == len(wanted) and all(
+        ours & m == theirs & m
+        for ours, theirs, m in zip(wanted, network, mask))
+        for network, mask in networks)
+
+
+def parse_routes(data):
+    """smtproutes as {domain in lower case: Route}.  Raises Invalid."""
+    routes = {}
+    for line in lines_of(data):
+        domain, colon, value = line.partition(b':')
+        if colon:
+            routes[domain.lower()] = parse_route(value)
+    return routes
+
+
+def parse_senders(data):
+    """authsenders as {sender in lower case: Route}; a Route of False as
+    relay means: no relay of its own, go by smtproutes.  Raises Invalid."""
+    senders = {}
+    for line in lines_of(data):
+        place = line.split(b'|', 1)[0]
+        sender, colon, _ = place.partition(b':')
+        if colon:
+            route = parse_route(line[len(sender) + 1:])
+            if route.credentials and not (route.relay or route.port):
+                route.relay = False
+        elif len(place) < len(line):
+            route = Route(False, None, parse_route(line[len(place):])
+                          .credentials)
+        else:
+            continue
+        senders[sender.lower()] = route
+    return senders
+
+
+def parse_route(value):
+    """relay[:port][|user|password] as a Route.  Raises Invalid."""
+    place, _, secret = value.partition(b'|')
+    user, _, password = secret.partition(b'|')
+    if b'\r' in value or b'\0' in value:
+        raise Invalid(value)
+    if place.startswith(b'['):
+        end = place.find(b']') + 1
+        relay, rest = place[:end], place[end:]
+        if literal(relay) is None:
+            raise Invalid(value)
+    else:
+        end = len(place.replace(b';', b':').split(b':', 1)[0])
+        relay, rest = place[:end], place[end:]
+        if relay and literal(relay) is None and wire_name(relay) is None:
+            raise Invalid(value)
+    port = None
+    if rest:
+        digits = rest[1:]
+        if rest[:1] not in (b':', b';') or not digits.isdigit() \
+                or len(digits) > 5 or not 0 < int(digits) < 65536:
+            raise Invalid(value)
+        port = int(digits)
+    return Route(relay or None, port,
+                 (user, password) if user and password else None)
+
+
+# ------------------------------------------------------------ 5. Addresses
+# Envelope addresses and host names, as the wire wants them.  Pure.
+
+SPECIALS = b'"(),:;<>@[\\]'     # RFC 5321 4.1.2: not in a Dot-string
+
+
+def unsafe(text):
+    """Whether bytes that end a command or an argument are in it."""
+    return any(c <= 32 or c == 127 or c in b'<>' for c in text)
+
+
+def quote(box):
+    """A local part as Dot-string or Quoted-string (RFC 5321 4.1.2)."""
+    if box and not box.startswith(b'.') and not box.endswith(b'.') \
+            and b'..' not in box \
+            and not any(c <= 32 or c == 127 or c in SPECIALS for c in box):
+        return box
+    return b'"' + box.replace(b'\\', b'\\\\').replace(b'"', b'\\"') + b'"'
+
+
+def envelope_address(address):
+    """The address as it goes between < and >; None if it must never go out.
+    The domain stays as it is (qmail-remote.c, addrmangle())."""
+    if b'\r' in address or b'\n' in address or b'\0' in address:
+        return None
+    box, at, domain = address.rpartition(b'@')
+    if unsafe(domain):
+        return None
+    return quote(box) + at + domain if at else domain
+
+
+def non_ascii(text):
+    """Whether a byte over 127 is in it, which takes SMTPUTF8 (RFC 6531)."""
+    return any(c > 127 for c in text)
+
+
+def a_labels(host):
+    """A host name in ASCII: UTF-8 labels normalised (NFC), in lower case
+    and in Punycode (RFC 5891); None if it is no UTF-8.  No IDNA 2003
+    mapping: that would send mail for one domain to another."""
+    if not non_ascii(host):
+        return host
+    import unicodedata
+    try:
+        text = unicodedata.normalize('NFC', host.decode('utf-8'))
+        text = unicodedata.normalize('NFC', text.lower())
+        return b'.'.join(
+            label.encode('ascii') if max(label, default='') < '\x80'
+            else b'xn--' + label.encode('punycode')
+            for label in text.split('.'))
+    except UnicodeError:
+        return None
+
+
+def wire_name(host):
+    """A host name as DNS wants it, in lower case (RFC 1035 3.1); None if it
+    cannot be one."""
+    if len(host) > 4 * DNS_NAME_MAX:    # whatever Punycode makes of it
+        return None
+    host = a_labels(host)
+    if host is None:
+        return None
+    labels = (host[:-1] if host.endswith(b'.') else host).split(b'.')
+    if not all(0 < len(label) < 64 and not unsafe(label) and
+               b'[' not in label for label in labels):
+        return None
+    name = b''.join(bytes((len(label),)) + label for label in labels) + b'\0'
+    return name.lower() if len(name) <= DNS_NAME_MAX else None
+
+
+def canonical(text):
+    """An IP address in its canonical short form, IPv4 in IPv6 as IPv4; None
+    if it is no address.  Strict: four decimal numbers, no zone."""
+    if b'\0' in text:           # PyPy would stop reading there
+        return None
+    try:
+        return address_text(packed(text))
+    except (OSError, ValueError):
+        return None
+
+
+def address_text(data):
+    """4 or 16 bytes as an address (bytes).  ::ffff:1.2.3.4 is 1.2.3.4."""
+    if len(data) == 16 and data.startswith(bytes(10) + b'\xff\xff'):
+        data = data[12:]
+    family = socket.AF_INET if len(data) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, data).encode('ascii')
+
+
+def family_of(address):
+    """AF_INET or AF_INET6, for an address as canonical() gives it."""
+    return socket.AF_INET6 if b':' in address else socket.AF_INET
+
+
+def packed(address):
+    """The 4 or 16 bytes of such an address."""
+    return socket.inet_pton(family_of(address), address.decode('ascii'))
+
+
+def literal(host):
+    """The address in 1.2.3.4, [1.2.3.4], [2001:db8::1] or
+    [IPv6:2001:db8::1] (RFC 5321 4.1.3); None if host is none of these."""
+    if not host.startswith(b'['):
+        return canonical(host) if b':' not in host else None
+    if not host.endswith(b']'):
+        return None
+    inner = host[1:-1]
+    if inner[:5].lower() == b'ipv6:':
+        inner = inner[5:]
+        return canonical(inner) if b':' in inner else None
+    return canonical(inner)
+
+
+# ---------------------------------------------------------- 6. DNS wire
+# Questions built, answers parsed (RFC 1035).  Names are in wire form, in
+# lower case, so that they compare as bytes.  Pure.
+
+A, CNAME, SOA, MX, AAAA, OPT = 1, 5, 6, 15, 28, 41
+NOERROR, FORMERR, NXDOMAIN, NOTIMP, BADVERS = 0, 1, 3, 4, 16
+QR, OPCODE, AA, TC, RD, RA = 0x8000, 0x7800, 0x0400, 0x0200, 0x0100, 0x0080
+
+
+class Malformed(Exception):
+    """An answer that breaks RFC 1035."""
+
+
+class Answer(Value):
+    """A parsed answer.  rcode with its EDNS part; truncated; lame: neither
+    authority nor recursion stands behind it; records: (owner, type, value)
+    of the answer section; final: an SOA says that there is no more."""
+    __slots__ = ('rcode', 'truncated', 'lame', 'records', 'final')
+
+
+def build_question(ident, name, qtype, edns):
+    """A recursive question (RFC 1035 4.1; EDNS0: RFC 6891 6.1.2)."""
+    return struct.pack('>6H', ident, RD, 1, 0, 0, 1 if edns else 0) + name \
+        + struct.pack('>2H', qtype, 1) \
+        + (struct.pack('>BHHLH', 0, OPT, DNS_UDP_SIZE, 0, 0) if edns else b'')
+
+
+def read_name(packet, at):
+    """(name, where it ends).  Pointers must lead strictly backwards, so
+    that there is no loop (RFC 1035 4.1.4).  Raises Malformed."""
+    name, after, start = b'', None, at
+    while True:
+        length = packet[at:at + 1]
+        if not length:
+            raise Malformed('name past the end')
+        size = length[0]
+        if size >= 0xC0:
+            if at + 2 > len(packet):
+                raise Malformed('pointer past the end')
+            if after is None:
+                after = at + 2
+            at = struct.unpack_from('>H', packet, at)[0] & 0x3FFF
+            if not 12 <= at < start:
+                raise Malformed('pointer not backwards')
+            start = at
+            continue
+        label = packet[at:at + 1 + size]
+        name += label
+        if size > 63 or len(label) <= size or len(name) > DNS_NAME_MAX:
+            raise Malformed('label')
+        at += 1 + size
+        if not size:
+            return name.lower(), at if after is None else after
+
+
+def read_record(packet, at):
+    """(owner, type, rdata's start, rdata's end, TTL).  Raises Malformed."""
+    owner, at = read_name(packet, at)
+    if at + 10 > len(packet):
+        raise Malformed('record past the end')
+    rtype, rclass, ttl, size = struct.unpack_from('>HHLH', packet, at)
+    at += 10
+    if at + size > len(packet):
+        raise Malformed('rdata past the end')
+    if rtype != OPT and rclass != 1:
+        rtype = None            # not of the Internet: fits, but never counts
+    return owner, rtype, at, at + size, ttl
+
+
+def read_value(packet, rtype, start, end):
+    """The value of an A or AAAA record (an address), MX (preference, name)
+    or CNAME (name); others as None.  Raises Malformed."""
+    if rtype in (A, AAAA):
+        if end - start != (4 if rtype == A else 16):
+            raise Malformed('address length')
+        return address_text(packet[start:end])
+    if rtype == MX:
+        if end - start < 3:
+            raise Malformed('MX length')
+        name, after = read_name(packet, start + 2)
+        value = struct.unpack_from('>H', packet, start)[0], name
+    elif rtype == CNAME:
+        name, after = read_name(packet, start)
+        value = name
+    else:
+        return None
+    if after != end:
+        raise Malformed('name and rdata length differ')
+    return value
+
+
+def parse_answer(packet, ident, name, qtype):
+    """The Answer to this very question, None for anything else that came
+    in.  Raises Malformed if it answers, but not by the rules."""
+    if len(packet) < 12:
+        return None
+    got, flags, questions, answers, authority, additional = \
+        struct.unpack_from('>6H', packet)
+    if got != ident or not flags & QR or flags & OPCODE or questions != 1:
+        return None
+    try:
+        asked, at = read_name(packet, 12)
+    except Malformed:
+        return None
+    if asked != name or packet[at:at + 4] != struct.pack('>2H', qtype, 1):
+        return None
+    at += 4
+    rcode, records, final = flags & 15, [], False
+    if flags & TC:
+        return Answer(rcode, True, False, records, final)
+    for index in range(answers + authority + additional):
+        owner, rtype, start, at, ttl = read_record(packet, at)
+        if index < answers:
+            records.append((owner, rtype,
+                            read_value(packet, rtype, start, at)))
+        elif rtype == SOA and index < answers + authority:
+            final = True
+        elif rtype == OPT:
+            rcode |= ttl >> 24 << 4
+    return Answer(rcode, False, not flags & (AA | RA), records, final)
+
+
+def follow(records, name, qtype):
+    """(values of that type, end of the CNAME chain, links followed).  Only
+    what the name or its chain owns counts, in whatever order it came.
+    Raises Malformed after DNS_LINKS_MAX links."""
+    aliases = {owner: value for owner, rtype, value in records
+               if rtype == CNAME}
+    owners = [name]
+    while qtype != CNAME and owners[-1] in aliases:
+        if len(owners) > DNS_LINKS_MAX:
+            raise Malformed('CNAME chain')
+        owners.append(aliases[owners[-1]])
+    values = [value for owner, rtype, value in records
+              if rtype == qtype and owner in owners]
+    return values, owners[-1], len(owners) - 1
+
+
+# -------------------------------------------------------- 6. DNS lookups
+# The only code that asks.  Each question is a generator that yields what it
+# waits for, (socket, whether for writing, deadline); side_by_side() runs
+# any number of them together.
+
+class NameServer(Value):
+    """family and sockaddr as sockets want them."""
+    __slots__ = ('family', 'sockaddr')
+
+
+class DnsConfig(Value):
+    """servers: NameServers; timeout in seconds, attempts: rounds over all
+    of them; tcp: never UDP (resolv.conf(5), use-vc)."""
+    __slots__ = ('servers', 'timeout', 'attempts', 'tcp')
+
+
+class Lookup(Value):
+    """What became of a question.  status: OK (values may be empty: the name
+    has none), NONE (there is no such name) or SOFT (unknown for now)."""
+    __slots__ = ('status', 'values')
+    OK, NONE, SOFT = 'ok', 'none', 'soft'
+
+
+def name_server(text, port=DNS_PORT):
+    """1.2.3.4, ::1, fe80::1%eth0, 1.2.3.4:53, [::1] or [::1]:53 as a
+    NameServer; None if it is nothing of the kind."""
+    bracket = text.startswith(b'[')
+    if text.endswith(b']') and bracket:
+        text, bracket = text[1:-1], False
+    elif bracket or text.count(b':') == 1:
+        text, _, digits = text.rpartition(b':')
+        if not digits.isdigit() or len(digits) > 5 or \
+                not 0 < int(digits) < 65536:
+            return None
+        port = int(digits)
+    if bracket:
+        text = text[1:-1] if text.endswith(b']') else b''
+    text, percent, zone = text.partition(b'%')
+    address, scope = canonical(text), 0
+    if address is None:
+        return None
+    try:
+        if percent:
+            scope = int(zone) if zone.isdigit() and len(zone) < 10 else \
+                socket.if_nametoindex(os.fsdecode(zone))
+    except (OSError, ValueError, AttributeError):       # PyPy's _socket
+        return None
+    if b':' in address:
+        return NameServer(socket.AF_INET6, (address, port, 0, scope))
+    return NameServer(socket.AF_INET, (address, port))
+
+
+def parse_resolv_conf(data, override=b''):
+    """resolv.conf(5) and $DNSCACHEIP, if that names any, as a DnsConfig.
+    What is not understood is passed over."""
+    servers, options = [], {}
+    for line in (data or b'').split(b'\n'):
+        words = line.split()
+        if words[:1] == [b'nameserver'] and len(words) > 1:
+            servers.append(name_server(words[1]))
+        elif words[:1] == [b'options']:
+            options.update(word.partition(b':')[::2] for word in words[1:])
+    forced = [name_server(word) for word in override.split()]
+    servers = [server for server in forced if server] or \
+        [server for server in servers if server] or \
+        [name_server(b'127.0.0.1')]
+    return DnsConfig(
+        servers[:DNS_SERVERS_MAX],
+        min(parse_number(options.get(b'timeout'), DNS_TIMEOUT),
+            DNS_TIMEOUT_MAX),
+        min(parse_number(options.get(b'attempts'), DNS_ATTEMPTS),
+            DNS_ATTEMPTS_MAX),
+        b'use-vc' in options)
+
+
+def side_by_side(jobs, wait, clock):
+    """Runs generators together; their results in order.  Each yields
+    (socket or None, for writing, deadline) and is resumed when the socket
+    is ready, or with TimedOut."""
+    results, waiting, todo = {}, {}, list(range(len(jobs)))[::-1]
+
+    def resume(index, error=None):
+        try:
+            waiting[index] = jobs[index].throw(error) if error \
+                else next(jobs[index])
+        except StopIteration as stop:
+            waiting.pop(index, None)
+            results[index] = stop.value
+
+    while todo or waiting:
+        while todo and len(waiting) < DNS_TOGETHER:
+            resume(todo.pop())
+        if not waiting:
+            break
+        places = [place for place in waiting.values() if place[0]]
+        try:
+            ready = wait([sock for sock, writing, _ in places if not writing],
+                         [sock for sock, writing, _ in places if writing],
+                         min(place[2] for place in waiting.values()))
+        except TimedOut:
+            ready = [], []
+        ready, now = set(ready[0] + ready[1]), clock()
+        for index, (sock, _, deadline) in list(waiting.items()):
+            if deadline <= now:
+                resume(index, TimedOut())
+            elif sock in ready:
+                resume(index)
+    return [results[index] for index in range(len(jobs))]
+
+
+class Resolver:
+    """Asks the name servers of config.  wait and clock: see The line."""
+
+    def __init__(self, config, wait, clock):
+        self.config, self.wait, self.clock = config, wait, clock
+        self.first = 0          # the server that answered last
+        self.open = 0           # sockets in use
+
+    def ask(self, questions):
+        """Asks all questions, pairs of a wire name and a type, side by
+        side; a list of Lookups.  Takes at most the time that one question
+        may take (rounds * servers * timeout), for up to DNS_TOGETHER."""
+        return side_by_side([self._resolve(name, qtype)
+                             for name, qtype in questions],
+                            self.wait, self.clock)
+
+    def _resolve(self, name, qtype):
+        config, links = self.config, 0
+        end = self.clock() + \
+            config.attempts * len(config.servers) * config.timeout
+        try:
+            while True:
+                answer = yield from self._any_server(name, qtype, end)
+                if answer is None:
+                    return Lookup(Lookup.SOFT, [])
+                values, name, more = follow(answer.records, name, qtype)
+                links += more
+                if links > DNS_LINKS_MAX:
+                    raise Malformed('CNAME chain')
+                if values:
+                    return Lookup(Lookup.OK, values)
+                if answer.rcode == NXDOMAIN:
+                    return Lookup(Lookup.NONE, [])
+                if answer.final or not more:
+                    return Lookup(Lookup.OK, [])
+        except Malformed:       # a chain without end: somebody's slip
+            return Lookup(Lookup.SOFT, [])
+
+    def _any_server(self, name, qtype, end):
+        """The first Answer that is one, None if no server gives any until
+        end.  The rounds after the first do without EDNS: what lost the
+        question may have been a middlebox that does not know it."""
+        config, count = self.config, len(self.config.servers)
+        for attempt in range(config.attempts):
+            first = self.first
+            for turn in range(count):
+                index = (first + turn) % count
+                try:
+                    answer = yield from self._server(
+                        config.servers[index], name, qtype, attempt == 0,
+                        min(end, self.clock() + config.timeout))
+                except (Malformed, TimedOut):
+                    continue
+                except OSError as error:
+                    if error.errno in LOCAL_ERRORS:
+                        raise
+                    continue
+                if answer.rcode == NXDOMAIN or answer.rcode == NOERROR and \
+                        not (answer.lame and not answer.records):
+                    self.first = index
+                    return answer
+        return None
+
+    def _server(self, server, name, qtype, edns, deadline):
+        """One server's Answer.  Raises Malformed, TimedOut, OSError."""
+        while True:
+            ident = struct.unpack('>H', os.urandom(2))[0]
+            packet = build_question(ident, name, qtype, edns)
+
+            def understand(reply):
+                return parse_answer(reply, ident, name, qtype)
+            answer = None
+            if not self.config.tcp:
+                answer = yield from self._udp(server, packet, understand,
+                                              deadline)
+            if answer is None or answer.truncated:
+                answer = yield from self._tcp(server, packet, understand,
+                                              deadline)
+            if not edns or answer.rcode not in (FORMERR, NOTIMP, BADVERS):
+                return answer
+            edns = False
+
+    def _socket(self, server, kind, deadline):
+        """A socket that does not block.  Waits for a descriptor as long as
+        other questions hold some.  Raises OSError, TimedOut."""
+        while True:
+            try:
+                sock = socket.socket(server.family, kind)
+                break
+            except OSError as error:
+                if error.errno not in LOCAL_ERRORS or not self.open:
+                    raise
+            if self.clock() >= deadline:
+                raise TimedOut()
+            try:
+                yield None, False, min(deadline, self.clock() + 0.02)
+            except TimedOut:
+                pass
+        self.open += 1
+        sock.setblocking(False)
+        return sock
+
+    def _close(self, sock):
+        self.open -= 1
+        sock.close()
+
+    def _udp(self, server, packet, understand, deadline):
+        sock = yield from self._socket(server, socket.SOCK_DGRAM, deadline)
+        try:
+            bind_random_port(sock, server.family)
+            sock.connect(server.sockaddr)
+            sock.send(packet)
+            while True:
+                yield sock, False, deadline
+                try:
+                    answer = understand(sock.recv(65536))
+                except BlockingIOError:
+                    continue
+                if answer is not None:
+                    return answer
+        finally:
+            self._close(sock)
+
+    def _tcp(self, server, packet, understand, deadline):
+        """The same over TCP (RFC 1035 4.2.2, RFC 7766)."""
+        sock = yield from self._socket(server, socket.SOCK_STREAM, deadline)
+        try:
+            try:
+                sock.connect(server.sockaddr)
+            except BlockingIOError:
+                yield sock, True, deadline
+            raise_error_of(sock)
+            sock.send(struct.pack('>H', len(packet)) + packet)
+            data, size = b'', 2
+            while len(data) < size:
+                yield sock, False, deadline
+                try:
+                    block = sock.recv(size - len(data))
+                except BlockingIOError:
+                    continue
+                if not block:
+                    raise Malformed('closed half-way')
+                data += block
+                if len(data) == size == 2:
+                    size += struct.unpack('>H', data)[0]
+            answer = understand(data[2:])
+            if answer is None or answer.truncated:
+                raise Malformed('no answer over TCP')
+            return answer
+        finally:
+            self._close(sock)
+
+
+def bind_random_port(sock, family):
+    """A source port that nobody can guess (RFC 5452), whatever the kernel
+    would choose; if none of eight is free, the kernel's choice."""
+    host = b'0.0.0.0' if family == socket.AF_INET else b'::'
+    for number in struct.unpack('>8H', os.urandom(16)):
+        try:
+            return sock.bind((host, 1024 + number % 64512))
+        except OSError:
+            continue
+
+
+def raise_error_of(sock):
+    """Raises the OSError that a connect() without waiting ended with."""
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+# ------------------------------------------------------------- 7. Where to
+# The route, the servers in their order, own addresses, tcpto.
+
+class Server(Value):
+    """A place to try: IP address (bytes), port, and the exchanger's or
+    relay's name (wire form; None for a literal address)."""
+    __slots__ = ('address', 'port', 'name')
+
+
+def choose_route(host, sender, control):
+    """The Route for this host and envelope sender (as given, unquoted).
+    Credentials are kept only for a relay that the administrator named."""
+    own = lookup_sender(sender, control.authsenders)
+    if own is not None and own.relay is not False:
+        route = own
+    else:
+        route = lookup_host(host, control.smtproutes) or \
+            Route(None, None, None)
+        if own is not None:
+            route = Route(route.relay, route.port, own.credentials)
+    if route.relay is None:
+        route = Route(None, route.port, None)
+    return route
+
+
+def lookup_host(host, routes):
+    """The first of host, its suffixes from each dot on, and the empty name,
+    that has a route; None if none has (qmail-remote.8, smtproutes)."""
+    return lookup_suffix(host.lower(), b'.', routes)
+
+
+def lookup_sender(sender, routes):
+    """The same for a sender, whose parts start at each @ and each dot."""
+    return lookup_suffix(sender.lower(), b'@.', routes)
+
+
+def lookup_suffix(key, marks, table):
+    if key in table:
+        return table[key]
+    for at in range(1, len(key)):
+        if key[at] in marks and key[at:] in table:
+            return table[key[at:]]
+    return table.get(b'')
+
+
+def find_servers(host, route, resolver, own):
+    """(the Servers in the order to try them, whether there may be others:
+    some failed to resolve for now, or are too many).  own tells whether an
+    address is this host's.  Raises Report if there is none (RFC 5321 5.1)."""
+    port = route.port or PORT_SMTP
+    target, relay = route.relay or host, route.relay is not None
+    missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
+    address = literal(target)
+    if address is not None:
+        found, soft = [(0, None, [address])], []
+    else:
+        name = wire_name(target)
+        if name is None:
+            raise Report(missing)
+        exchangers = [(0, name)] if relay else \
+            find_exchangers(name, resolver, missing, host)
+        found, soft, exists = find_addresses(exchangers, resolver)
+        if not found:
+            exists = exists or exchangers != [(0, name)]    # MX says so
+            raise Report(DNS_SOFT if soft else missing
+                         if relay or not exists else NO_ADDRESS)
+    if not relay:
+        found, soft = better_than_own(found, soft, own)
+    servers, seen = [], set()
+    for _, name, addresses in in_order(found):
+        for address in addresses:
+            if address not in seen:
+                seen.add(address)
+                servers.append(Server(address, port, name))
+    return servers[:SERVERS_MAX], bool(soft or servers[SERVERS_MAX:])
+
+
+def find_exchangers(name, resolver, missing, host):
+    """[(preference, wire name)] from MX, or the host itself without one.
+    Raises Report; a lookup that fails for now never falls back to A."""
+    lookup, = resolver.ask([(name, MX)])
+    if lookup.status == Lookup.SOFT:
+        raise Report(DNS_SOFT)
+    if lookup.status == Lookup.NONE:
+        raise Report(missing)
+    exchangers = [pair for pair in lookup.values if pair[1] != b'\0']
+    if lookup.values and not exchangers:
+        raise Report(NULL_MX % printable(host))         # RFC 7505
+    exchangers = sorted(set(exchangers)) or [(0, name)]
+    best = {}
+    for preference, name in exchangers:                 # duplicates dropped
+        best.setdefault(name, preference)
+    return [(preference, name) for name, preference in best.items()
+            ][:EXCHANGERS_MAX]
+
+
+def find_addresses(exchangers, resolver):
+    """(found, soft, exists): found is [(preference, name, addresses)], IPv4
+    first; soft the preferences of those that may have more, later;
+    exists tells whether any of the names exists."""
+    asked = [(preference, name) for preference, name in exchangers
+             if literal_target(name) is None]
+    lookups = resolver.ask([(name, qtype) for _, name in asked
+                            for qtype in (A, AAAA)])
+    found = [(preference, name, [literal_target(name)])
+             for preference, name in exchangers
+             if literal_target(name) is not None]
+    soft, exists = [], False
+    for number, (preference, name) in enumerate(asked):
+        pair = lookups[2 * number:2 * number + 2]
+        addresses = [address for lookup in pair
+                     for address in shuffled(lookup.values)[:ADDRESSES_MAX]]
+        if addresses:
+            found.append((preference, name, addresses))
+        if any(lookup.status == Lookup.SOFT for lookup in pair):
+            soft.append(preference)
+        exists = exists or any(lookup.status == Lookup.OK for lookup in pair)
+    return found, soft, exists
+
+
+def literal_target(name):
+    """The address that a thoughtless MX record has for a name, or None.
+    Classic qmail-remote delivers to it, and so do we (dns.c)."""
+    if len(name) > 17 or not name[1:2].isdigit():
+        return None
+    labels, at = [], 0
+    while name[at]:
+        labels.append(name[at + 1:at + 1 + name[at]])
+        at += 1 + name[at]
+    return canonical(b'.'.join(labels)) if len(labels) == 4 else None
+
+
+def better_than_own(found, soft, own):
+    """found and soft without what is not strictly better than the best
+    address of this host's own.  Raises Report if nothing is left."""
+    limit = min((preference for preference, _, addresses in found
+                 if any(own(address) for address in addresses)), default=None)
+    if limit is not None:
+        found = [entry for entry in found if entry[0] < limit]
+        soft = [preference for preference in soft if preference < limit]
+        if not found:
+            raise Report(DNS_SOFT if soft else OWN_ADDRESS)
+    return found, soft
+
+
+def shuffled(values):
+    """The values in an unpredictable order."""
+    return [value for _, value in
+            sorted((os.urandom(4), value) for value in values)]
+
+
+def in_order(found):
+    """By preference; ties in random order (RFC 5321 5.1)."""
+    return sorted(shuffled(found), key=lambda entry: entry[0])
+
+
+class OwnAddresses:
+    """Tells whether an address is this host's.  bindable(address) is the
+    system's view; more and less are moreipme and notipme."""
+
+    def __init__(self, more, less, bindable):
+        self.more, self.less, self.bindable = more, less, bindable
+
+    def __call__(self, address):
+        if in_networks(address, self.less):
+            return False
+        return address in (b'::', b'::1') or \
+            address.startswith((b'0.', b'127.')) or \
+            in_networks(address, self.more) or self.bindable(address)
+
+
+def is_local(address):
+    """Whether this host has the address: a socket can be bound to it.  With
+    Linux' ip_nonlocal_bind every address can, one that nobody has
+    (RFC 5737, RFC 3849) too; then the source address that the kernel takes
+    on the way to it decides.  Raises OSError if there is no socket."""
+    family, first = family_of(address), packed(address)[0]
+    nobody = b'192.0.2.1' if family == socket.AF_INET else b'2001:db8::1'
+    if 224 <= first <= 239 and family == socket.AF_INET or first == 255:
+        return False            # multicast: can be bound to, is nobody's
+    if not try_socket(family, 'bind', address):
+        return False
+    return not try_socket(family, 'bind', nobody) or \
+        try_socket(family, 'connect', address)
+
+
+def try_socket(family, method, address):
+    """Whether a fresh socket takes the address as its own."""
+    try:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:
+        if error.errno in LOCAL_ERRORS:
+            raise
+        return False
+    try:
+        getattr(sock, method)((address, 0 if method == 'bind' else 9))
+        return sock.getsockname()[0].encode() == address
+    except OSError:
+        return False
+    finally:
+        sock.close()
+
+
+class TcpTo:
+    """queue/lock/tcpto, the table of servers that timed out (tcpto.c).
+    time is the wall clock in seconds; pid spreads the moment to try again.
+    IPv4 only.  Whatever is wrong with the file: do without."""
+
+    def __init__(self, path, clock, pid):
+        self.path, self.clock, self.pid = path, clock, pid
+        self.listed = set()
+
+    def skip(self, address):
+        """Whether to leave the server alone for now."""
+        def look(fd, table, at):
+            if at is not None:
+                self.listed.add(address)
+            if at is None or table[at + 4] < TCPTO_SKIP_COUNT:
+                return False
+            return 0 <= self._age(table, at) < (60 + (self.pid & 31)) * 64
+        return bool(self._locked(address, look))
+
+    def timed_out(self, address):
+        """Notes a timeout, unless it is the same one as a moment ago."""
+        def note(fd, table, at):
+            count = 1
+            if at is None:
+                at = self._free_place(table)
+            elif table[at + 4]:
+                if 0 <= self._age(table, at) < TCPTO_FRESH:
+                    return
+                count = min(table[at + 4] + 1, TCPTO_COUNT_MAX)
+            table[at:at + 4] = packed(address)
+            table[at + 4] = count
+            struct.pack_into('<L', table, at + 8,
+                             int(self.clock()) & 0xFFFFFFFF)
+            os.pwrite(fd, table[at:at + TCPTO_SIZE], at)
+        self._locked(address, note)
+
+    def answered(self, address):
+        """Forgets the timeouts of a server that is there after all."""
+        def forget(fd, table, at):
+            if at is not None and table[at + 4]:
+                table[at + 4] = 0
+                os.pwrite(fd, table[at:at + TCPTO_SIZE], at)
+        if address in self.listed:
+            self._locked(address, forget)
+
+    def _age(self, table, at):
+        """Seconds since the record was written; negative if the clock has
+        been set back.  32 bits, so that 2106 does no harm."""
+        then, = struct.unpack_from('<L', table, at + 8)
+        age = (int(self.clock()) - then) & 0xFFFFFFFF
+        return age - (1 << 32) if age >> 31 else age
+
+    def _free_place(self, table):
+        """The first unused record, else the stalest one."""
+        places = range(0, len(table), TCPTO_SIZE)
+        for at in places:
+            if not table[at + 4]:
+                return at
+        return min(places, key=lambda at: table[at + 4] * 1024 +
+                   struct.unpack_from('<L', table, at + 8)[0])
+
+    def _locked(self, address, action):
+        """action(fd, table, where the address is or None) with the table
+        locked; None if it cannot be."""
+        if b':' in address:
+            return None
+        fd = -1
+        try:
+            fd = os.open(self.path,
+                         os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            table = bytearray(os.pread(fd, TCPTO_RECORDS * TCPTO_SIZE, 0))
+            del table[len(table) // TCPTO_SIZE * TCPTO_SIZE:]
+            if not table:
+                return None
+            return action(fd, table, next(
+                (at for at in range(0, len(table), TCPTO_SIZE)
+                 if table[at:at + 4] == packed(address)), None))
+        except OSError:
+            return None
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
+# ------------------------------------------------------------- 8. The line
+# A socket with deadlines.  The only code that waits.
+
+# The launcher's process id, if sh started us: it is what an administrator
+# kills, and without it nobody would read our report.
+LAUNCHER = os.getppid() if 'under_sh' in sys._xoptions else None
+
+
+def wait(reading, writing, deadline, clock=time.monotonic):
+    """Waits until one of the sockets or descriptors is ready: (those to
+    read, those to write).  Raises TimedOut at the deadline, by clock, even
+    if something is ready: a peer that drips must not outlive it; and Report
+    if the launcher has been killed."""
+    while True:
+        left = deadline - clock()
+        if left <= 0:
+            raise TimedOut()
+        ready = select.select(reading, writing, (), min(left, ORPHAN_CHECK))
+        if ready[0] or ready[1]:
+            return ready[0], ready[1]
+        if LAUNCHER and os.getppid() != LAUNCHER:
+            raise Report(KILLED)
+
+
+def connect(address, port, seconds):
+    """A connected socket that does not block.  Raises TimedOut, OSError,
+    and Report if this host has no socket left."""
+    family = family_of(address)
+    deadline = time.monotonic() + seconds
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno in LOCAL_ERRORS:
+            raise Report(NO_RESOURCES)
+        raise
+    try:
+        sock.setblocking(False)
+        try:
+            sock.connect((address, port))
+        except BlockingIOError:
+            wait((), (sock,), deadline)
+        raise_error_of(sock)
+        # Commands are whole: Nagle's algorithm would only hold them back.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            raise TimedOut()
+        raise
+
+
+class Line:
+    """The line to a server: sends with a deadline, reads whole replies with
+    a deadline.  Whatever fails raises Lost."""
+
+    def __init__(self, sock, wait=wait, clock=time.monotonic):
+        self.sock, self.wait, self.clock = sock, wait, clock
+        self.input = b''        # came in, not yet read as a reply
+        self.ended = False      # the peer has closed its side
+
+    def send(self, data, seconds, stop_on_input=False):
+        """Sends all of it within seconds.  False if it stopped because
+        something came in, if asked to."""
+        rest, deadline = memoryview(data), self.clock() + seconds
+        while rest:
+            try:
+                rest = rest[self.sock.send(rest):]
+                continue
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise Lost(reason(error), len(rest))
+            try:
+                if stop_on_input and self.heard():
+                    return False
+                self._wait(stop_on_input and not self.ended, True, deadline)
+            except Lost as lost:
+                raise Lost(lost.note, len(rest))
+        return True
+
+    def reply(self, seconds):
+        """The next Reply, whole, within seconds."""
+        deadline, reader = self.clock() + seconds, ReplyReader()
+        while True:
+            used = reader.take(self.input)
+            if used is not None:
+                self.input = self.input[used:]
+                return reader.reply()
+            self.input = b''
+            if self.ended:
+                raise Lost(b'connection closed')
+            if not self._fill():
+                self._wait(True, False, deadline)
+            elif self.clock() >= deadline:
+                raise Lost(b'timed out')
+
+    def heard(self):
+        """Whether the peer has said something that nobody has read, or has
+        closed the line."""
+        while not self.input and not self.ended and self._fill():
+            pass
+        return bool(self.input) or self.ended
+
+    def last_words(self):
+        """The Reply that a dead line still holds, or None."""
+        try:
+            while self._fill():
+                if len(self.input) > REPLY_KEPT:
+                    break
+        except Lost:
+            pass
+        reader = ReplyReader()
+        try:
+            return None if reader.take(self.input) is None \
+                else reader.reply()
+        except Lost:
+            return None
+
+    def whisper(self, data):
+        """Sends what fits at once, and does not care."""
+        try:
+            self.sock.send(data)
+        except OSError:
+            pass
+
+    def close(self):
+        self.sock.close()
+
+    def _fill(self):
+        """Takes in what has come; False if there is nothing for now."""
+        if self.ended:
+            return False
+        try:
+            data = self.sock.recv(INPUT_BLOCK)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Lost(reason(error))
+        self.ended = not data
+        self.input += data
+        return True
+
+    def _wait(self, reading, writing, deadline):
+        try:
+            self.wait((self.sock,) if reading else (),
+                      (self.sock,) if writing else (), deadline)
+        except TimedOut:
+            raise Lost(b'timed out')
+
+
+def reason(error):
+    """An OSError in a few words, for the trail."""
+    return os.strerror(error.errno or errno.EIO).lower().encode()
+
+
+# ---------------------------------------------------------- 9. The message
+# From LF to what goes over the wire (pure), and the only reader of fd 0.
+
+def wire_form(blocks):
+    """The message in blocks of wire form, without the final dot.  CR LF and
+    CR alone are line ends like LF; every line made is looked at for its
+    dot, so that nothing in a message can look like its end.  (RFC 5321
+    4.5.2)"""
+    line_start, held = True, b''
+    for block in blocks:
+        block = held + block
+        held = b'\r' if block.endswith(b'\r') else b''  # LF may follow
+        if held:
+            block = block[:-1]
+        if not block:
+            continue
+        if b'\r' in block:
+            block = block.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+        dot = line_start and block.startswith(b'.')
+        if b'\n.' in block:
+            block = block.replace(b'\n.', b'\n..')
+        line_start = block.endswith(b'\n')
+        yield (b'.' if dot else b'') + block.replace(b'\n', b'\r\n')
+
+
+class Message:
+    """The message on a descriptor, from where it stands.  closed: it was
+    closed when we started.  wait and clock: see The line; seconds is how
+    long to wait for each block."""
+
+    def __init__(self, fd, closed=False, seconds=TIMEOUT_REMOTE, wait=wait,
+                 clock=time.monotonic):
+        self.fd, self.closed, self.seconds = fd, closed, seconds
+        self.wait, self.clock = wait, clock
+
+    def check(self):
+        """Raises Report if it can be seen in advance that the message
+        cannot be sent: it cannot be read, or ends within a line."""
+        if self.closed:
+            raise Report(NO_MESSAGE)
+        try:
+            start = os.lseek(self.fd, 0, os.SEEK_CUR)
+            end = os.fstat(self.fd).st_size
+            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+                return
+        except OSError:
+            return              # a pipe: blocks() will see
+        try:
+            if end > start and os.pread(self.fd, 1, end - 1) != b'\n':
+                raise Report(PARTIAL_LINE)
+        except OSError:
+            raise Report(NO_MESSAGE)
+
+    def blocks(self):
+        """Yields the bytes as they come.  Raises Report if fd 0 fails, or
+        at the end if the last line has no newline."""
+        last = b'\n'
+        while True:
+            try:
+                self.wait((self.fd,), (), self.clock() + self.seconds)
+                block = os.read(self.fd, MESSAGE_BLOCK)
+            except BlockingIOError:
+                continue
+            except (OSError, TimedOut):
+                raise Report(NO_MESSAGE)
+            if not block:
+                break
+            last = block[-1:]
+            yield block
+        if last != b'\n':
+            raise Report(PARTIAL_LINE)
+
+
+# ---------------------------------------------------------------- 10. SMTP
+# The grammar of replies and of EHLO, answers to AUTH (pure); the session.
+
+class Reply(Value):
+    """code: an int from 200 to 599; text: all lines with their codes, each
+    ended by LF, without CRs."""
+    __slots__ = ('code', 'text')
+
+    def kind(self):
+        return self.code // 100
+
+
+class ReplyReader:
+    """Reads one reply (RFC 5321 4.2.1) from pieces of any size, and keeps
+    no more than REPLY_KEPT bytes of each line and of the whole."""
+    __slots__ = ('line', 'text', 'code')
+
+    def __init__(self):
+        self.line, self.text, self.code = bytearray(), bytearray(), None
+
+    def take(self, data):
+        """The number of bytes used if the reply ends in data, else None.
+        Raises Lost as soon as this cannot be a reply."""
+        start = 0
+        while True:
+            end = data.find(b'\n', start)
+            piece = data[start:] if end < 0 else data[start:end]
+            self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
+            self._check(end >= 0)
+            if end < 0:
+                return None
+            start = end + 1
+            if self._line_ended():
+                return start
+
+    def reply(self):
+        return Reply(self.code, bytes(self.text))
+
+    def _check(self, ended):
+        line = self.line.rstrip(b'\r') if ended else self.line
+        digits, mark = line[:3], line[3:4]
+        if len(digits) < 3 and not ended:
+            ok = all(c in b'0123456789' for c in digits) and \
+                digits[:1] in (b'', b'2', b'3', b'4', b'5')
+        else:
+            ok = len(digits) == 3 and digits.isdigit() and \
+                digits[0] in b'2345' and \
+                mark in ((b'', b' ', b'-') if ended
+                         else (b'', b' ', b'-', b'\r'))
+        if ok and self.code and digits:
+            ok = digits[0] - 48 == self.code // 100
+        if not ok:
+            raise Lost(b'no SMTP reply')
+
+    def _line_ended(self):
+        self.code = int(self.line[:3])
+        last = self.line[3:4] != b'-'
+        if len(self.text) < REPLY_KEPT:
+            self.text += self.line.replace(b'\r', b'') + b'\n'
+        self.line = bytearray()
+        return last
+
+
+def parse_ehlo(text):
+    """{keyword in upper case: parameters} from an EHLO reply (RFC 5321
+    4.1.1.1).  AUTH=LOGIN counts as AUTH LOGIN; several lines with the same
+    keyword add up."""
+    offered = {}
+    for line in text.split(b'\n')[1:]:
+        words = line[4:].upper().replace(b'AUTH=', b'AUTH ').split()
+        if words:
+            offered.setdefault(words[0], []).extend(words[1:])
+    return offered
+
+
+def mask(text, secrets):
+    """text without the secrets, and without the beginning of one (eight
+    bytes or more) wherever a server cut it short."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, b'***')
+        head, at = secret[:8], 0
+        while len(head) == 8:
+            at = text.find(head, at)
+            if at < 0:
+                break
+            end = at + 8
+            while end < len(text) and \
+                    text[at:end + 1] == secret[:end + 1 - at]:
+                end += 1
+            text = text[:at] + b'***' + text[end:]
+    if len(text) >= REPLY_KEPT and secrets:
+        text = text[:-max(map(len, secrets))]       # one may be cut in half
+    return text
+
+
+def said(reply, secrets):
+    """What the server said, for a report."""
+    text = mask(reply.text, secrets)[:REPLY_MAX].rstrip(b'\n')
+    return b'Remote host said: ' + text + b'\n'
+
+
+def first_words(reply, secrets):
+    """The same for the trail: one line, and not much of it."""
+    text = mask(reply.text, secrets)
+    return text.split(b'\n', 1)[0][:TRAIL_MAX].rstrip()
+
+
+def base64(data):
+    """RFC 4648 section 4; the base64 module would cost more than a start
+    of Python."""
+    import binascii
+    return binascii.b2a_base64(data)[:-1]
+
+
+def unbase64(text):
+    """Raises ValueError for anything but canonical base64."""
+    import binascii
+    text = text.strip()
+    data = binascii.a2b_base64(text)
+    if base64(data) != text:
+        raise ValueError('not base64')
+    return data
+
+
+def hmac_md5(key, text):
+    """RFC 2104, in hexadecimal.  Raises ValueError if this Python has no
+    MD5."""
+    import hmac
+    return hmac.new(key, text, 'md5').hexdigest().encode()
+
+
+def secrets_of(credentials):
+    """All forms in which a server could send user and password back, but
+    for the CRAM-MD5 digest."""
+    if credentials is None:
+        return []
+    user, password = credentials
+    forms = [user, password]
+    for value in (user, password, b'\0' + user + b'\0' + password):
+        encoded = base64(value)
+        forms += [encoded, encoded.rstrip(b'=')]
+    return forms
+
+
+def permanent(reply):
+    """Whether a refusal is for good.  530 wants TLS or a password first,
+    which is about our configuration and not about the mail (RFC 4954)."""
+    return reply.kind() == 5 and reply.code != 530
+
+
+class EarlyReply(Exception):
+    """The server answered a message before its end."""
+
+    def __init__(self, reply):
+        Exception.__init__(self, reply)
+        self.reply = reply
+
+
+class AuthRejected(Exception):
+    """what: the step's name in the report; reply: the server's words."""
+
+    def __init__(self, what, reply):
+        Exception.__init__(self, what)
+        self.what, self.reply = what, reply
+
+
+class Envelope(Value):
+    """sender and recipients as they go between < and >; None in the place
+    of a recipient that must never go out."""
+    __slots__ = ('sender', 'recipients')
+
+
+class Session:
+    """One delivery to one server over an open Line, a short method a step.
+
+    run() returns a Report once the server has accepted the sender, and
+    raises NextServer before that."""
+
+    def __init__(self, line, address, control, envelope, credentials,
+                 message):
+        self.line, self.address, self.control = line, address, control
+        self.envelope, self.credentials = envelope, credentials
+        self.message, self.timeout = message, control.timeoutremote
+        self.secrets = secrets_of(credentials)
+        self.offered = {}           # by EHLO
+        self.unauthenticated = b''  # AUTH_MISSING, if it came to that
+        self.accepted = False       # MAIL: from here on all is final
+        self.data_ended = False     # the final dot is out, without a reply
+        self.reports = []           # of the recipients
+
+    def run(self):
+        try:
+            self.greeting()
+            self.hello()
+            self.authenticate()
+            self.mail()
+            self.recipients()
+            self.data()
+            return self.transfer()
+        except Report as report:
+            if self.data_ended:
+                report.text = DIED_LATE % self.address
+            report.recipients = report.recipients or self.reports
+            return report
+        except Lost as lost:
+            text = DIED_LATE if self.data_ended else DIED
+            return self.ended(text % self.address, None, lost.note)
+        except Exception:       # not foreseen; but was it delivered?
+            if not self.data_ended:
+                raise
+            return self.ended(DIED_LATE % self.address, None, b'')
+        finally:
+            self.line.close()
+
+    # How a session ends
+
+    def ended(self, text, reply, note):
+        """The Report with this text and what the server said.  Raises
+        NextServer instead if the server has not accepted MAIL."""
+        if reply is not None:
+            text += said(reply, self.secrets)
+            note += b': ' + first_words(reply, self.secrets)
+        text += self.unauthenticated
+        if not self.accepted:
+            raise NextServer(text, note, reply is not None,
+                             text.startswith(b'D'))
+        return Report(text, self.reports)
+
+    def refused(self, text, reply, note):
+        """The same after QUIT; temporary unless the reply is 5xx."""
+        self.quit()
+        if not permanent(reply):
+            text = temporary(text)
+        return self.ended(text % self.address, reply, note)
+
+    def quit(self):
+        """Said with the last words, never waited for."""
+        self.line.whisper(b'QUIT\r\n')
+
+    def command(self, *words):
+        """Sends one command and returns its Reply.  Nothing may be waiting
+        unread: it would be taken for the answer."""
+        command = b''.join(words)
+        if b'\r' in command or b'\n' in command or b'\0' in command:
+            raise Report(NO_RESOURCES)      # never: see Addresses
+        if self.line.heard():
+            raise Lost(b'spoke out of turn')
+        self.line.send(command + b'\r\n', self.timeout)
+        return self.line.reply(self.timeout)
+
+    def expect(self, reply):
+        """Raises Lost if the reply is neither 2xx nor a refusal."""
+        if reply.kind() == 3:
+            raise Lost(b'out of step')
+        return reply
+
+    # The steps
+
+    def greeting(self):
+        reply = self.line.reply(self.timeout)
+        if reply.code != 220:
+            self.refused(GREETING_FAILED, reply, b'greeting failed')
+
+    def hello(self):
+        """EHLO, or HELO for a server that does not know it."""
+        reply = self.expect(self.command(b'EHLO ', self.control.helohost))
+        if reply.kind() == 2:
+            self.offered = parse_ehlo(reply.text)
+            return
+        if reply.kind() == 5:
+            self.offered = {}
+            reply = self.expect(self.command(b'HELO ', self.control.helohost))
+        if reply.kind() != 2:
+            self.refused(NAME_REJECTED, reply, b'my name was rejected')
+
+    def mail(self):
+        sender, extension = self.envelope.sender, b''
+        if any(address and non_ascii(address)
+               for address in [sender] + self.envelope.recipients):
+            if b'SMTPUTF8' in self.offered:
+                extension = b' SMTPUTF8'            # RFC 6531 3.4
+            elif non_ascii(sender):
+                self.quit()
+                self.ended(SENDER_8BIT % self.address, None, b'no SMTPUTF8')
+        reply = self.expect(
+            self.command(b'MAIL FROM:<', sender, b'>', extension))
+        if reply.kind() != 2:
+            self.refused(SENDER_REJECTED, reply, b'sender was rejected')
+        self.accepted = True
+
+    def recipients(self):
+        """RCPT for each; raises Report if nobody is accepted."""
+        for address in self.envelope.recipients:
+            self.reports.append(self.recipient(address))
+        if b'r' in self.reports:
+            return
+        soft = any(report.startswith(b's') for report in self.reports)
+        self.quit()
+        text = GIVING_UP % self.address
+        raise self.ended(temporary(text) if soft else text, None, b'')
+
+    def recipient(self, address):
+        """The recipient report for one address."""
+        if address is None:
+            return BAD_RECIPIENT
+        if non_ascii(address) and b'SMTPUTF8' not in self.offered:
+            return RECIPIENT_8BIT % self.address
+        reply = self.expect(self.command(b'RCPT TO:<', address, b'>'))
+        if reply.kind() == 2:
+            return b'r'
+        text = RECIPIENT_REJECTED % self.address
+        if not permanent(reply) or reply.code == 552 and b'r' in self.reports:
+            text = temporary(text)      # 552: RFC 5321 4.5.3.1.10
+        text += said(reply, self.secrets)
+        if reply.code == 421:
+            self.reports.append(text)
+            raise self.ended(DIED % self.address, reply, b'')
+        return text
+
+    def data(self):
+        reply = self.command(b'DATA')
+        if reply.code != 354:
+            raise self.refused(DATA_FAILED, reply, b'')
+
+    def transfer(self):
+        """The message, the final dot, the verdict."""
+        last = b''
+        try:
+            for block in wire_form(self.message.blocks()):
+                self.send_part(last)
+                last = block
+            self.send_part(last + b'.\r\n')
+            self.data_ended = True
+        except Lost:
+            reply = self.line.last_words()
+            if reply is None or reply.kind() < 4:
+                raise
+            return self.early(reply)
+        except EarlyReply as early:
+            return self.early(early.reply)
+        reply = self.expect(self.line.reply(self.timeout))
+        self.data_ended = False
+        if reply.kind() != 2:
+            return self.refused(MESSAGE_FAILED, reply, b'')
+        text = (b'K' + self.unauthenticated + ACCEPTED % self.address +
+                said(reply, self.secrets))
+        self.quit()
+        return Report(text, self.reports)
+
+    def send_part(self, data):
+        """Sends a part of the message.  Raises EarlyReply if the server
+        does not wait for its end."""
+        view = memoryview(data)
+        for at in range(0, len(view), MESSAGE_BLOCK):
+            if self.line.heard() or not self.line.send(
+                    view[at:at + MESSAGE_BLOCK], self.timeout, True):
+                raise EarlyReply(self.line.reply(self.timeout))
+
+    def early(self, reply):
+        """A refusal in mid-message.  No QUIT: it would be message text."""
+        if reply.kind() < 4:
+            raise Lost(b'spoke out of turn')
+        text = MESSAGE_FAILED % self.address
+        return self.ended(text if permanent(reply) else temporary(text),
+                          reply, b'')
+
+    # Authentication (RFC 4954)
+
+    def authenticate(self):
+        """Raises Report if the server rejects us: no second try, and no
+        next server, for it would count as a guess at the password."""
+        if self.credentials is None:
+            return
+        methods = [(name, step) for name, step in (
+            (b'CRAM-MD5', self.auth_cram), (b'PLAIN', self.auth_plain),
+            (b'LOGIN', self.auth_login))
+            if name in self.offered.get(b'AUTH', ())]
+        rejected = None
+        for name, step in methods:
+            try:
+                if step():
+                    return
+            except AuthRejected as rejected_now:
+                rejected = rejected_now
+                if rejected.reply.code not in (504, 534) or \
+                        rejected.what != b'AUTH ' + name:
+                    break
+        if rejected is None:
+            self.unauthenticated = AUTH_MISSING
+            return
+        self.quit()
+        raise Report(AUTH_REJECTED % (self.address, rejected.what) +
+                     said(rejected.reply, self.secrets))
+
+    def auth_step(self, want, what, *words):
+        """One exchange; the Reply if its code is wanted.  Raises
+        AuthRejected."""
+        reply = self.command(*words)
+        if reply.code not in want:
+            raise AuthRejected(what, reply)
+        return reply
+
+    def encode(self, value, what):
+        """base64, remembered as a secret.  Raises Report if the line would
+        be too long for any server, or memory runs out."""
+        try:
+            encoded = base64(value)
+        except MemoryError:
+            encoded = None
+        if encoded is None or len(encoded) > AUTH_LINE_MAX:
+            self.quit()
+            raise Report(AUTH_UNENCODABLE % (self.address, what))
+        self.secrets += [encoded, encoded.rstrip(b'=')]
+        return encoded
+
+    def auth_plain(self):
+        """RFC 4616, with an initial response; some servers want it again.
+        True for success, like the other two."""
+        user, password = self.credentials
+        secret = self.encode(b'\0' + user + b'\0' + password, b'(plain)')
+        reply = self.auth_step((235, 334), b'AUTH PLAIN',
+                               b'AUTH PLAIN ', secret)
+        if reply.code == 334:
+            self.auth_step((235,), b'plain', secret)
+        return True
+
+    def auth_login(self):
+        """The method that nobody wrote down but in a draft."""
+        user, password = self.credentials
+        user = self.encode(user, b'user')
+        password = self.encode(password, b'pass')
+        self.auth_step((334,), b'AUTH LOGIN', b'AUTH LOGIN')
+        self.auth_step((334,), b'username', user)
+        self.auth_step((235,), b'password', password)
+        return True
+
+    def auth_cram(self):
+        """RFC 2195.  False if this Python cannot compute MD5."""
+        user, password = self.credentials
+        try:
+            hmac_md5(b'', b'')
+        except (ImportError, ValueError):
+            return False
+        reply = self.auth_step((334,), b'AUTH CRAM-MD5', b'AUTH CRAM-MD5')
+        challenge = reply.text.split(b'\n')[0][4:]
+        try:
+            if len(challenge) > AUTH_LINE_MAX:
+                raise ValueError('too long')
+            digest = hmac_md5(password, unbase64(challenge))
+        except ValueError:
+            self.line.whisper(b'*\r\n')
+            self.quit()
+            raise Report(AUTH_UNDECODABLE % self.address +
+                         said(reply, self.secrets))
+        self.secrets.append(digest)
+        answer = self.encode(user + b' ' + digest, b'user')
+        self.auth_step((235,), b'username+digest', answer)
+        return True
+
+
+# ---------------------------------------------------------------- 11. Main
+# Everything in its order; the loop over servers decides between "next" and
+# "report", and nobody else does.
+
+class World(Value):
+    """What a delivery needs from outside: resolver (ask()), own (whether an
+    address is this host's), tcpto, connect (address, port, seconds -> a
+    socket), line (socket -> a Line) and message (check(), blocks())."""
+    __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message')
+
+
+def real_world(control, message_closed):
+    """The World of a process under qmail-rspawn."""
+    try:
+        resolv_conf = read_file(b'/etc/resolv.conf', CONTROL_MAX)
+    except (OSError, Invalid):
+        resolv_conf = None
+    config = parse_resolv_conf(resolv_conf,
+                               os.environb.get(b'DNSCACHEIP', b''))
+    return World(
+        Resolver(config, wait, time.monotonic),
+        OwnAddresses(control.moreipme, control.notipme, is_local),
+        TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect, Line,
+        Message(0, message_closed, control.timeoutremote))
+
+
+def deliver(host, sender, recipients, control, world):
+    """Delivers one message; returns or raises the Report.  host, sender and
+    recipients are bytes as given."""
+    envelope = Envelope(envelope_address(sender),
+                        [envelope_address(address) or None
+                         for address in recipients])
+    if envelope.sender is None:
+        raise Report(BAD_SENDER)
+    if not any(envelope.recipients):
+        raise Report(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
+    route = choose_route(host, sender, control)
+    servers, more = find_servers(host, route, world.resolver, world.own)
+    world.message.check()
+    return try_servers(servers, not more, lambda server: try_server(
+        server, route, envelope, control, world))
+
+
+def try_servers(servers, complete, attempt):
+    """The Report of the first server that attempt() gets one from; if none
+    is left, the refusal of the most preferred one that answered.  That is
+    permanent only if all servers are known (complete) and each refused the
+    sender for good."""
+    failures, report = [], None
+    for server in servers:
+        try:
+            report = attempt(server)
+            break
+        except NextServer as failure:
+            failures.append((server.address, failure))
+    tried = len(failures)
+    if report is not None:
+        tried += 1
+    else:
+        refusals = [failure.report for _, failure in failures
+                    if failure.answered] + \
+            [failure.report for _, failure in failures if failure.report]
+        text = (refusals + [NO_CONNECTION])[0]
+        if not complete or not all(failure.permanent
+                                   for _, failure in failures):
+            text = temporary(text)
+        report = Report(text)
+    if tried > 1:
+        report.text += b''.join(address + b': ' + failure.note + b'\n'
+                                for address, failure in failures)
+    return report
+
+
+def try_server(server, route, envelope, control, world):
+    """One server's Report; raises NextServer."""
+    address = server.address
+    if world.tcpto.skip(address):
+        raise NextServer(None, b'timed out before, not tried (qmail-tcpto)')
+    try:
+        sock = world.connect(address, server.port, control.timeoutconnect)
+    except TimedOut:
+        world.tcpto.timed_out(address)
+        raise NextServer(None, b'connection timed out')
+    except OSError as error:
+        world.tcpto.answered(address)
+        raise NextServer(None, reason(error))
+    world.tcpto.answered(address)
+    return Session(world.line(sock), address, control, envelope,
+                   route.credentials, world.message).run()
+
+
+def fill_descriptors():
+    """Opens /dev/null in the place of closed fds 0-2, and of fd 2 unless it
+    is a terminal (qmail-rspawn reads it as reports); the closed ones."""
+    closed = []
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            closed.append(fd)
+            os.open(os.devnull, os.O_RDWR)      # takes the lowest free one
+    if not os.isatty(2):
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 2)
+        os.close(null)
+    return closed
+
+
+def argument_bytes(argument):
+    """An argument as it was given.  PyPy decodes it as UTF-8 even where it
+    says that the file system's encoding is another."""
+    try:
+        return os.fsencode(argument)
+    except UnicodeEncodeError:
+        return argument.encode('utf-8', 'surrogateescape')
+
+
+def run(argv):
+    """The whole run; returns its Report."""
+    closed = fill_descriptors()
+    arguments = [argument_bytes(argument) for argument in argv[1:]]
+    if len(arguments) < 3:
+        return Report(USAGE)
+    try:
+        os.chdir(os.environb.get(b'QMAILHOME') or QMAIL_HOME)
+    except OSError:
+        return Report(NO_HOME)
+    control = read_control()
+    return deliver(arguments[0], arguments[1], arguments[2:], control,
+                   real_world(control, 0 in closed))
+
+
+def main():
+    """Runs and reports.  Whatever was not foreseen is a deferral."""
+    try:
+        try:
+            output = output_of(run(sys.argv))
+        except Report as report:
+            output = output_of(report)
+    except MemoryError:
+        output = NO_MEMORY + b'\0'
+    except BaseException:
+        output = NO_RESOURCES + b'\0'
+    write_output(output)
+    os._exit(0)
+
+
+if __name__ == '__main__':
+    main()

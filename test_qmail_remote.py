@@ -1,0 +1,5553 @@
+#!/usr/bin/env python3
+"""The tests of qmail_remote.py, to be read as its specification.
+
+Rooms, in order: common ground; fakes (a scripted SMTP server, a scripted
+name server); pure tables; dialogues; the process from outside; real peers
+(skipped where they are not installed, required where REAL_PEERS=required);
+and the commands `demo` and `bench`.  Run: python3 test_qmail_remote.py
+"""
+import binascii
+import collections
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
+import hmac
+import itertools
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, 'qmail_remote.py')
+sys.path.insert(0, HERE)
+import qmail_remote as qr                                       # noqa: E402
+
+# ------------------------------------------------------------ Common ground
+
+MESSAGE = b'Subject: hello\n\nHello, world.\n'
+ME = b'me.example'
+
+
+class Home:
+    """A qmail home in a temporary directory: control files from keywords
+    (bytes; None leaves a file out) and a queue/lock/tcpto of 1024 zeros."""
+
+    def __init__(self, **control):
+        self.path = tempfile.mkdtemp(prefix='qmail-')
+        os.makedirs(os.path.join(self.path, 'control'))
+        os.makedirs(os.path.join(self.path, 'queue', 'lock'))
+        self.tcpto = os.path.join(self.path, 'queue', 'lock', 'tcpto')
+        with open(self.tcpto, 'wb') as f:
+            f.write(bytes(1024))
+        control.setdefault('me', ME)
+        control.setdefault('timeoutconnect', b'5')
+        control.setdefault('timeoutremote', b'5')
+        for name, data in control.items():
+            self.write(name, data)
+
+    def write(self, name, data):
+        """Writes control/name (bytes), or removes it (None)."""
+        path = os.path.join(self.path, 'control', name)
+        if data is None:
+            if os.path.exists(path):
+                os.unlink(path)
+            return
+        with open(path, 'wb') as f:
+            f.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def rspawn_verdict(status, output):
+    """What qmail-rspawn makes of a run (qmail-rspawn.c, report()): the
+    letter K, Z or D.  status as subprocess gives it, negative for a signal.
+    """
+    if status < 0 or status == 111:
+        return 'Z'
+    if status:
+        return 'D'
+    if not output:
+        return 'Z'
+    verdict = 'D'
+    for record in output.split(b'\0')[:-1]:
+        if record[:1] in (b'K', b'Z', b'D'):
+            verdict = record[:1].decode()
+            break
+    return {b's': 'Z', b'h': 'D'}.get(output[:1], verdict)
+
+
+class Outcome:
+    """One run of the program: status, output (raw), reports (a list, the
+    NULs taken off), stderr, seconds, verdict (as qmail-rspawn reads it)."""
+
+    def __init__(self, status, output, stderr, seconds):
+        self.status, self.output = status, output
+        self.stderr, self.seconds = stderr, seconds
+        self.reports = output.split(b'\0')[:-1]
+        self.verdict = rspawn_verdict(status, output)
+
+
+def run_program(home, *args, message=MESSAGE, stdin=None, env=None,
+                timeout=30, command=None, dns=None, **popen):
+    """Runs the real program as a process: run_program(home, host, sender,
+    recipient, ...).  args are bytes or str; message goes to fd 0 as a file
+    unless stdin (a file or descriptor) is given; dns is a value for
+    $DNSCACHEIP.  Raises subprocess.TimeoutExpired after timeout seconds."""
+    environment = {'PATH': os.environ.get('PATH', '/usr/bin:/bin'),
+                   'QMAILHOME': home.path if home else '/nonexistent',
+                   'DNSCACHEIP': dns or '127.0.0.1:1'}
+    environment.update(env or {})
+    command = command or [sys.executable, '-IS', PROGRAM]
+    with tempfile.TemporaryFile() as body:
+        body.write(message)
+        body.seek(0)
+        start = time.monotonic()
+        child = subprocess.Popen(
+            list(command) + list(args), env=environment,
+            stdin=body if stdin is None else stdin,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+        try:
+            output, stderr = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            raise
+        return Outcome(child.returncode, output, stderr,
+                       time.monotonic() - start)
+
+
+# ------------------------------------------------------------ Fakes
+
+class Mismatch(Exception):
+    """The client did not do what the script expects."""
+
+
+class Gone(Exception):
+    """The connection is over: closed, reset, or the test stops it."""
+
+
+class FakeSMTP:
+    """A scripted SMTP server on loopback, in a thread of its own.
+
+    script is text, or a list of texts, one per connection in order; a
+    connection more or less than that is an error.  Its lines:
+
+      S: text        send text and CRLF
+      s: text        send text with Python's escapes decoded, no CRLF added
+      C: text        expect exactly this line (a final * stands for any rest)
+      D:             read message data up to CRLF.CRLF, into .messages
+      T:             read message data up to the end of the stream, where no
+                     end of data may come, into .messages
+      R: n           read n raw bytes
+      Q:             take an optional QUIT, then the end of the stream
+      flood: text xN send text and CRLF N times
+      fill: text xN  send text N times
+      drip: text     send text and CRLF, one byte each 0.2 seconds
+      sleep 0.3      do nothing for 0.3 seconds
+      hang           stay silent until the client leaves
+      stall          the same with a tiny receive buffer, reading nothing
+      close, reset   end the connection, with FIN or with RST
+
+    Blank lines and lines that start with # are skipped.  The end of the
+    script closes the connection.  After close(), which is also what leaving
+    the with block does, these tell what happened: transcript (readable
+    lines), commands (lines received, as bytes), messages (wire bytes, final
+    dot line taken off), connections (a number), error (None, or the first
+    mismatch).  No wait is longer than LIMIT seconds.
+    """
+
+    LIMIT = 30
+
+    def __init__(self, script='', host='127.0.0.1', port=0):
+        scripts = [script] if isinstance(script, str) else list(script)
+        self._scripts = [self._parse(text) for text in scripts]
+        self.transcript, self.commands, self.messages = [], [], []
+        self.connections, self.error = 0, None
+        self._buffer, self._sock, self._over = b'', None, None
+        family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if any(word == 'stall' for steps in self._scripts
+               for word, _ in steps):
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF,
+                                      2048)
+        try:
+            self._listener.bind((host, port))
+            self._listener.listen(16)
+        except OSError:
+            self._listener.close()
+            raise
+        self.host, self.port = host, self._listener.getsockname()[1]
+        self.address = '%s:%d' % ('[%s]' % host if ':' in host else host,
+                                  self.port)
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.daemon = True
+        self._thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Lets a connection that is under way come to its end, then stops.
+        Safe to call twice."""
+        if self._over is None:
+            self._over = time.monotonic()
+            self._waker.send(b'x')
+            self._thread.join(6)
+            for sock in (self._listener, self._wake, self._waker):
+                sock.close()
+            if self.connections < len(self._scripts):
+                self._fail('%d connections instead of %d' % (
+                    self.connections, len(self._scripts)))
+
+    # The thread, and the script.
+
+    def _parse(self, text):
+        steps = []
+        for line in text.splitlines():
+            line = line.lstrip()
+            if line and not line.startswith('#'):
+                word, colon, rest = line.partition(':')
+                if colon:
+                    rest = rest[1:] if rest.startswith(' ') else rest
+                else:
+                    word, _, rest = line.partition(' ')
+                if not hasattr(self, '_do_' + word):
+                    raise ValueError('no such step: ' + line)
+                steps.append((word, rest))
+        return steps
+
+    def _fail(self, text):
+        self.transcript.append('-- ' + text)
+        self.error = self.error or text
+
+    def _serve(self):
+        while True:
+            ready = select.select([self._listener, self._wake], [], [])[0]
+            if self._listener not in ready:
+                return
+            self._sock = self._listener.accept()[0]
+            self._sock.setblocking(False)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._buffer = b''
+            self.connections += 1
+            if self.connections > 1:
+                self.transcript.append('-- connection %d' % self.connections)
+            try:
+                if self.connections > len(self._scripts):
+                    raise Mismatch('a connection more than expected')
+                for word, rest in self._scripts[self.connections - 1]:
+                    getattr(self, '_do_' + word)(rest)
+            except Gone as e:
+                self.transcript.append('-- %s' % e)
+            except Mismatch as e:
+                self._fail(str(e))
+            except Exception as e:
+                self._fail('fault in the fake: %r' % e)
+            finally:
+                self._sock.close()
+
+    # The only code that touches the connection.
+
+    def _receive(self):
+        """Some bytes; none at the end of the stream."""
+        while True:
+            self._await(read=True)
+            try:
+                return self._sock.recv(65536)
+            except BlockingIOError:
+                continue
+            except OSError as e:
+                raise Gone('lost: %s' % e)
+
+    def _send(self, data):
+        data = memoryview(data)
+        while data:
+            self._await(read=False)
+            try:
+                data = data[self._sock.send(data[:65536]):]
+            except BlockingIOError:
+                continue
+            except OSError as e:
+                raise Gone('lost: %s' % e)
+
+    def _await(self, read):
+        """Waits for the connection, at most LIMIT seconds, or two after the
+        test has ended."""
+        end = time.monotonic() + self.LIMIT
+        wake = [self._wake] if self._over is None else []
+        while time.monotonic() < end:
+            if self._over is not None:
+                wake, end = [], min(end, self._over + 2)
+            r, w, _ = select.select(([self._sock] if read else []) + wake,
+                                    [] if read else [self._sock], [],
+                                    max(0, end - time.monotonic()))
+            if self._sock in r or w:
+                return
+        raise Gone('the test ended' if self._over else 'waited too long')
+
+    def _pause(self, seconds):
+        """Waits; the end of the test cuts it short."""
+        if self._over is None:
+            select.select([self._wake], [], [], seconds)
+
+    # The steps.
+
+    def _line(self):
+        while b'\n' not in self._buffer:
+            data = self._receive()
+            if not data:
+                if self._buffer:
+                    raise Mismatch('half a line at the end of the stream: %r'
+                                   % self._buffer)
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b'\n')
+        self.transcript.append('C: ' + line[:-1].decode('utf-8', 'replace'))
+        if line[-1:] != b'\r' or b'\r' in line[:-1]:
+            raise Mismatch('a line that does not end in CRLF: %r' % line)
+        self.commands.append(line[:-1])
+        return line[:-1]
+
+    def _do_S(self, text):
+        self.transcript.append('S: ' + text)
+        self._send(text.encode('utf-8') + b'\r\n')
+
+    def _do_s(self, text):
+        self.transcript.append('s: ' + text)
+        self._send(text.encode('latin-1').decode('unicode_escape')
+                   .encode('latin-1'))
+
+    def _do_C(self, text):
+        line, wanted = self._line(), text.encode('utf-8')
+        if line is None:
+            raise Mismatch('end of the stream instead of %r' % wanted)
+        if wanted.endswith(b'*'):
+            fits = line.startswith(wanted[:-1])
+        else:
+            fits = line == wanted
+        if not fits:
+            raise Mismatch('%r instead of %r' % (line, wanted))
+
+    def _message(self, data, whole=True):
+        self.messages.append(data)
+        self.transcript.append('D: %d bytes' % len(data))
+        if not whole and data.endswith(b'\r'):
+            data += b'\n'               # cut between CR and LF
+        if re.search(b'\r(?!\n)|(?<!\r)\n', data):
+            raise Mismatch('a lone CR or LF in the message')
+
+    def _do_D(self, _):
+        data, self._buffer = bytearray(b'\r\n' + self._buffer), b''
+        seen = 0
+        while True:
+            end = data.find(b'\r\n.\r\n', max(0, seen - 4))
+            if end >= 0:
+                break
+            seen = len(data)
+            more = self._receive()
+            if not more:
+                raise Mismatch('end of the stream in the message')
+            data += more
+        self._buffer = bytes(data[end + 5:])
+        self._message(bytes(data[2:end + 2]))
+
+    def _do_T(self, _):
+        data, self._buffer = bytearray(b'\r\n' + self._buffer), b''
+        try:
+            while True:
+                more = self._receive()
+                if not more:
+                    break
+                data += more
+        except Gone as e:
+            self.transcript.append('-- %s' % e)
+        if b'\r\n.\r\n' in data:
+            raise Mismatch('an end of data that must not come')
+        self._message(bytes(data[2:]), whole=False)
+
+    def _do_R(self, text):
+        while len(self._buffer) < int(text):
+            data = self._receive()
+            if not data:
+                raise Mismatch('end of the stream instead of raw bytes')
+            self._buffer += data
+        self._buffer = self._buffer[int(text):]
+        self.transcript.append('R: %s bytes' % text)
+
+    def _do_Q(self, _):
+        try:
+            line = self._line()
+            if line == b'QUIT':
+                line = self._line()
+        except Gone:
+            return
+        if line is not None:
+            raise Mismatch('%r instead of the end' % line)
+
+    def _do_flood(self, text, end=b'\r\n'):
+        self.transcript.append('S: %s, flooding' % text)
+        text, _, times = text.rpartition(' x')
+        left, unit = int(times), text.encode('utf-8') + end
+        block = max(1, 65536 // len(unit))
+        while left > 0:
+            self._send(unit * min(block, left))
+            left -= block
+
+    def _do_fill(self, text):
+        self._do_flood(text, b'')
+
+    def _do_drip(self, text):
+        self.transcript.append('S: %s, dripping' % text)
+        for byte in text.encode('utf-8') + b'\r\n':
+            self._send(bytes([byte]))
+            self._pause(0.2)
+
+    def _do_sleep(self, text):
+        self.transcript.append('-- sleep ' + text)
+        self._pause(float(text))
+
+    def _do_hang(self, _):
+        self.transcript.append('-- silence')
+        end = time.monotonic() + self.LIMIT
+        while self._over is None and time.monotonic() < end:
+            if not self._receive():
+                raise Gone('the client left')
+
+    def _do_stall(self, _):
+        self.transcript.append('-- reads nothing')
+        self._pause(self.LIMIT)
+
+    def _do_close(self, _):
+        self._sock.close()
+        raise Gone('closed by the server')
+
+    def _do_reset(self, _):
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                              struct.pack('ii', 1, 0))
+        self._sock.close()
+        raise Gone('reset by the server')
+
+
+# DNS on the wire, the little that a fake needs, apart from the program's.
+
+DNS_TYPES = {'A': 1, 'NS': 2, 'CNAME': 5, 'SOA': 6, 'PTR': 12, 'MX': 15,
+             'TXT': 16, 'AAAA': 28, 'DNAME': 39, 'OPT': 41, 'RRSIG': 46,
+             'TLSA': 52}
+DNS_TYPE_NAMES = {number: name for name, number in DNS_TYPES.items()}
+
+DnsQuestion = collections.namedtuple('DnsQuestion', 'name type id edns')
+
+
+class Unframed(bytes):
+    """Bytes that a FakeDNS sends over TCP without a length before them."""
+
+
+def dns_name(name):
+    """The wire form of a name, uncompressed; '' and '.' are the root."""
+    labels = [x for x in name.rstrip('.').encode('latin-1').split(b'.') if x]
+    return b''.join(bytes([len(x)]) + x for x in labels) + b'\0'
+
+
+def dns_rdata(kind, value):
+    """The wire form of a value: an address for A and AAAA, a name for
+    CNAME, (preference, name) for MX, (usage, selector, matching, bytes) for
+    TLSA; bytes are taken as they are, whatever the type."""
+    if isinstance(value, bytes):
+        return value
+    if kind == 'MX':
+        return struct.pack('!H', value[0]) + dns_name(value[1])
+    if kind == 'TLSA':
+        return bytes(value[:3]) + value[3]
+    if kind in ('A', 'AAAA'):
+        family = socket.AF_INET if kind == 'A' else socket.AF_INET6
+        return socket.inet_pton(family, value)
+    return dns_name(value)
+
+
+def dns_record(name, kind, value, ttl=300, class_=1):
+    """One resource record on the wire.  kind may be a number."""
+    rdata = dns_rdata(kind, value)
+    return dns_name(name) + struct.pack(
+        '!HHIH', DNS_TYPES.get(kind, kind), class_, ttl, len(rdata)) + rdata
+
+
+def dns_message(question, answers=(), flags=0x8180, authority=(),
+                additional=(), id_=None):
+    """A reply on the wire to a DnsQuestion; the records are wire bytes."""
+    extra = list(additional)
+    if question.edns:
+        extra.append(b'\0' + struct.pack('!HHIH', 41, 1232, 0, 0))
+    return b''.join(
+        [struct.pack('!6H', question.id if id_ is None else id_, flags, 1,
+                     len(answers), len(authority), len(extra)),
+         dns_name(question.name),
+         struct.pack('!HH', DNS_TYPES.get(question.type, question.type), 1)]
+        + list(answers) + list(authority) + extra)
+
+
+def dns_parse(query):
+    """The DnsQuestion in a query.  The name keeps its case."""
+    id_, _, questions, _, _, extra = struct.unpack('!6H', query[:12])
+    labels, at = [], 12
+    while query[at]:
+        labels.append(query[at + 1:at + 1 + query[at]])
+        at += 1 + query[at]
+    number = struct.unpack('!H', query[at + 1:at + 3])[0]
+    return DnsQuestion(b'.'.join(labels).decode('latin-1'),
+                       DNS_TYPE_NAMES.get(number, number), id_, extra > 0)
+
+
+class FakeDNS:
+    """A scripted recursive name server, UDP and TCP on one loopback port.
+
+    records: {(name, type): [values as for dns_rdata]}.  Names without any
+    record get NXDOMAIN, names with others an empty answer; CNAME chains are
+    followed and given whole.
+
+    overrides: {(name, type): what}, where type may be '*' and what is a
+    dict with any of
+      delay     seconds to wait before the answer
+      rcode     answer with this code and no records
+      truncate  over UDP set TC and leave the records out
+      silent    no answer
+      ad        the AD bit for this answer
+    or a callable(query, question, via) with via 'udp' or 'tcp'; it returns
+    a list of replies, or None for silence.  Over TCP each reply gets its
+    length put before it, except Unframed ones, and a None in the list
+    closes the connection.
+
+    ad sets the AD bit in every answer.  tcp=False refuses TCP.  queries
+    lists (name in lower case, type, via); dns is the value for $DNSCACHEIP.
+    """
+
+    def __init__(self, records=None, overrides=None, host='127.0.0.1',
+                 ad=False, tcp=True, port=0):
+        self.records, self.overrides = {}, {}
+        for (name, kind), values in (records or {}).items():
+            self.records[name.rstrip('.').lower(), kind] = values
+        for (name, kind), what in (overrides or {}).items():
+            self.overrides[name.rstrip('.').lower(), kind] = what
+        self.queries, self.ad, self.error = [], ad, None
+        self._open(host, port, tcp)
+        self.dns = '%s:%d' % ('[%s]' % host if ':' in host else host,
+                              self.port)
+        self._wake, self._waker = socket.socketpair()
+        self._streams, self._later = {}, []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.daemon = True
+        self._thread.start()
+
+    def _open(self, host, port, tcp):
+        """A UDP and a TCP socket with the same port."""
+        family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        for attempt in range(50):
+            self._udp = socket.socket(family, socket.SOCK_DGRAM)
+            self._tcp = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                self._udp.bind((host, port))
+                self.port = self._udp.getsockname()[1]
+                if tcp:
+                    self._tcp.setsockopt(socket.SOL_SOCKET,
+                                         socket.SO_REUSEADDR, 1)
+                    self._tcp.bind((host, self.port))
+                    self._tcp.listen(16)
+                else:
+                    self._tcp.close()
+                    self._tcp = None
+                return
+            except OSError:
+                self._udp.close()
+                self._tcp.close()
+                if port or attempt == 49:
+                    raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Stops at once.  Safe to call twice."""
+        if self._waker.fileno() >= 0:
+            self._waker.send(b'x')
+            self._thread.join(5)
+            for sock in [self._udp, self._tcp, self._wake, self._waker,
+                         *self._streams]:
+                if sock is not None:
+                    sock.close()
+
+    def ordinary(self, question, via='udp', rcode=None, truncate=False,
+                 ad=None):
+        """The reply as a well-behaved recursor gives it, for callables that
+        want to change something in it."""
+        name, chain, answers = question.name.rstrip('.').lower(), 0, []
+        owner, kind = question.name, question.type
+        while chain < 20 and kind != 'CNAME':
+            target = self.records.get((name, 'CNAME'))
+            if not target:
+                break
+            answers.append(dns_record(owner, 'CNAME', target[0]))
+            owner, name = target[0], target[0].rstrip('.').lower()
+            chain += 1
+        values = self.records.get((name, kind), ())
+        answers += [dns_record(owner, kind, value) for value in values]
+        if rcode is not None:
+            answers = []
+        elif not values and name not in {n for n, _ in self.records}:
+            rcode = 3
+        flags = 0x8180 | (rcode or 0)
+        flags |= 0x20 if (self.ad if ad is None else ad) else 0
+        if truncate and via == 'udp':
+            flags, answers = flags | 0x200, []
+        return dns_message(question, answers, flags)
+
+    def _answer(self, query, via):
+        """(delay, replies) to one query."""
+        try:
+            question = dns_parse(query)
+        except (IndexError, struct.error):
+            self.error = self.error or 'not a question: %r' % query
+            return 0, []
+        name = question.name.lower()
+        self.queries.append((name, question.type, via))
+        what = self.overrides.get((name, question.type),
+                                  self.overrides.get((name, '*'), {}))
+        if callable(what):
+            return 0, what(query, question, via) or []
+        what = dict(what)
+        delay = what.pop('delay', 0)
+        if what.pop('silent', False):
+            return 0, []
+        return delay, [self.ordinary(question, via, **what)]
+
+    def _serve(self):
+        while True:
+            now = time.monotonic()
+            due = [job for job in self._later if job[0] <= now]
+            self._later = [job for job in self._later if job[0] > now]
+            for _, send, replies in due:
+                self._deliver(send, replies)
+            wait = min([job[0] for job in self._later] or [now + 60]) - now
+            waiting = [self._udp, self._wake] + list(self._streams)
+            if self._tcp:
+                waiting.append(self._tcp)
+            for sock in select.select(waiting, [], [], max(0, wait))[0]:
+                if sock is self._wake:
+                    return
+                try:
+                    self._ready(sock)
+                except Exception as e:
+                    self.error = self.error or 'fault in the fake: %r' % e
+
+    def _ready(self, sock):
+        if sock is self._udp:
+            query, peer = sock.recvfrom(65535)
+            delay, replies = self._answer(query, 'udp')
+            self._later.append((
+                time.monotonic() + delay,
+                lambda reply: self._udp.sendto(reply, peer), replies))
+        elif sock is self._tcp:
+            self._streams[sock.accept()[0]] = b''
+        else:
+            self._read_stream(sock)
+
+    def _read_stream(self, sock):
+        try:
+            data = sock.recv(65536)
+        except OSError:
+            data = b''
+        if not data:
+            del self._streams[sock]
+            sock.close()
+            return
+        buffered = self._streams[sock] + data
+
+        def send(reply):
+            if reply is None:
+                self._streams.pop(sock, None)
+                sock.close()
+            elif isinstance(reply, Unframed):
+                sock.sendall(reply)
+            else:
+                sock.sendall(struct.pack('!H', len(reply)) + reply)
+
+        while len(buffered) >= 2:
+            size = 2 + struct.unpack('!H', buffered[:2])[0]
+            if len(buffered) < size:
+                break
+            delay, replies = self._answer(buffered[2:size], 'tcp')
+            self._later.append((time.monotonic() + delay, send, replies))
+            buffered = buffered[size:]
+        self._streams[sock] = buffered
+
+    def _deliver(self, send, replies):
+        for reply in replies:
+            try:
+                send(reply)
+            except OSError:
+                return
+
+
+# ------------------------------------------------------------ Pure tables
+# What a function makes of what it is given, one line each.  Nothing is
+# patched: where the program takes a clock, a resolver or a socket as an
+# argument, it gets one that a test can see through.
+
+try:
+    import tracemalloc
+except ImportError:                 # PyPy
+    tracemalloc = None
+
+
+def has_ipv6():
+    """Whether there is a ::1 to talk to."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.bind(('::1', 0))
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = has_ipv6()
+
+
+class Tables(unittest.TestCase):
+    """Checks of one line.  A Report counts as its text, so that a table can
+    say what the administrator will read."""
+
+    def check(self, want, function, *args):
+        """function(*args) must be want, or raise want if that is an
+        exception class."""
+        shown = ', '.join(repr(argument)[:70] for argument in args)
+        with self.subTest('%s(%s)' % (
+                getattr(function, '__name__', 'it'), shown)):
+            try:
+                got = function(*args)
+            except qr.Report as report:
+                got = report.text
+            except (qr.Invalid, qr.Malformed, qr.Lost, qr.TimedOut, OSError,
+                    ValueError) as error:
+                got = type(error)
+            if got != want:
+                self.fail('%.400r instead of %.400r' % (got, want))
+
+
+class VirtualClock:
+    """A clock that moves only when somebody waits: to the deadline if
+    nothing is ready, otherwise by step."""
+
+    def __init__(self, now=1000.0, step=0.0):
+        self.now, self.step = now, step
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, reading, writing, deadline):
+        """For real sockets and descriptors."""
+        if self.now >= deadline:
+            raise qr.TimedOut()
+        ready = select.select(reading, writing, (), 0)[:2]
+        if not any(ready):
+            self.now = deadline
+            raise qr.TimedOut()
+        self.now += self.step
+        return ready
+
+    def at_once(self, reading, writing, deadline):
+        """For sockets that are always ready, after a step."""
+        if self.now >= deadline:
+            raise qr.TimedOut()
+        self.now += self.step
+        return list(reading), list(writing)
+
+
+def value_of(kind, **fields):
+    """One of the program's values from named fields; the others None."""
+    unknown = set(fields) - set(kind.__slots__)
+    if unknown:
+        raise TypeError('no such fields: %s' % unknown)
+    return kind(*[fields.get(name) for name in kind.__slots__])
+
+
+def control_files(**fields):
+    """A Control without any control file but me, or with these fields."""
+    default = dict(helohost=ME, timeoutconnect=5, timeoutremote=5,
+                   smtproutes={}, authsenders={}, moreipme=[],
+                   notipme=[])
+    default.update(fields)
+    return value_of(qr.Control, **default)
+
+
+# Control files
+
+class ControlFiles(Tables):
+
+    def test_values(self):
+        """Values compare by type and fields, and show both."""
+        server = qr.NameServer(2, ('192.0.2.1', 53))
+        self.assertEqual(server, qr.NameServer(2, ('192.0.2.1', 53)))
+        self.assertNotEqual(server, qr.NameServer(2, ('192.0.2.2', 53)))
+        self.assertNotEqual(server, (2, ('192.0.2.1', 53)))
+        self.assertIn('192.0.2.1', repr(server))
+
+    def test_first_line(self):
+        for data, want in (
+                (b'', b''), (b'\n', b''), (b'a', b'a'), (b'a\nb\n', b'a'),
+                (b'a \t \nb', b'a'), (b' a b \n', b' a b'),
+                (b'\na\n', b''), (b'a\r\n', b'a\r')):
+            self.check(want, qr.first_line, data)
+
+    def test_lines_of(self):
+        for data, want in (
+                (None, []), (b'', []), (b'\n\n', []), (b' \t\n', []),
+                (b'# only\n#comments', []), (b'a\nb', [b'a', b'b']),
+                (b'a \t\n\n#b\nc#d\n', [b'a', b'c#d']),
+                (b' # indented\n', [b' # indented'])):
+            self.check(want, qr.lines_of, data)
+
+    def test_parse_number(self):
+        """Leading ASCII digits, from 1 to a day; else the default, 60."""
+        for data, want in (
+                (None, 60), (b'', 60), (b'\n', 60), (b'7', 7), (b'7\n', 7),
+                (b'7\r\n', 7), (b'7\n8\n', 7), (b'007', 7), (b'0', 1),
+                (b'-5', 60), (b'+5', 60), (b' 7', 60), (b'1_0', 1),
+                ('²'.encode(), 60), ('٣'.encode(), 60), (b'0x10', 1),
+                (b'60 seconds', 60), (b'5 minutes', 5), (b'1e9', 1),
+                (b'86400', 86400), (b'86401', 86400), (b'seven', 60),
+                (b'9' * 5000, 86400), (b'0' * 5000, 1),
+                (b'0' * 5000 + b'9', 9), (b'7\0' + b'9', 7)):
+            self.check(want, qr.parse_number, data, 60)
+
+    def test_parse_helohost(self):
+        for data, want in (
+                (b'me.example\n', b'me.example'),
+                (b'me.example \t\nother', b'me.example'),
+                (b'[192.0.2.1]', b'[192.0.2.1]'),
+                (None, qr.Invalid), (b'', qr.Invalid), (b'\n', qr.Invalid),
+                (b' \t\n', qr.Invalid), (b'me\r\n', qr.Invalid),
+                (b'me\rMAIL', qr.Invalid), (b'me\0', qr.Invalid)):
+            self.check(want, qr.parse_helohost, data)
+
+    def test_parse_networks(self):
+        """What moreipme and notipme say of 192.0.2.1, of 2001:db8::1."""
+        def holds(data):
+            networks = qr.parse_networks(data)
+            return tuple(qr.in_networks(address, networks) for address in
+                         (b'192.0.2.1', b'2001:db8::1'))
+        neither, both = (False, False), (True, True)
+        four, six = (True, False), (False, True)
+        for data, want in (
+                (None, neither), (b'# none\n\n', neither),
+                (b'192.0.2.1', four), (b'192.0.2.1 \n192.0.2.1\n', four),
+                (b'[192.0.2.1]', four), (b'::ffff:192.0.2.1', four),
+                (b'2001:DB8:0:0::1\n', six), (b'[2001:db8::1]', six),
+                (b'192.0.2.1\n2001:db8::1', both),
+                (b'192.0.2.2\n2001:db8::2\n', neither),
+                # networks
+                (b'192.0.2.0/24', four), (b'192.0.3.0/24', neither),
+                (b'192.0.2.77/24', four), (b'192.0.2.0/31', four),
+                (b'192.0.2.2/31', neither), (b'192.0.2.1/32', four),
+                (b'0.0.0.0/0', four), (b'::/0', six),
+                (b'192.0.0.0/255.255.0.0', four),
+                (b'192.0.2.0/255.255.255.254', four),
+                (b'192.0.2.0/255.255.255.255', neither),
+                (b'0.0.2.0/0.0.255.0', four),
+                (b'2001:db8::/32', six), (b'2001:db8::/128', neither),
+                (b'2001:db9::/32', neither),
+                # nonsense
+                (b'192.0.2\n', qr.Invalid), (b'a.example\n', qr.Invalid),
+                (b'192.0.2.1 192.0.2.2', qr.Invalid), (b'\xff', qr.Invalid),
+                (b'192.0.2.1\r\n', qr.Invalid), (b'/', qr.Invalid),
+                (b'192.0.2.1/', qr.Invalid), (b'192.0.2.1/33', qr.Invalid),
+                (b'192.0.2.1/-1', qr.Invalid), (b'192.0.2.1/x', qr.Invalid),
+                (b'192.0.2.1/8/8', qr.Invalid), (b'/24', qr.Invalid),
+                ('192.0.2.1/²'.encode(), qr.Invalid),
+                (b'192.0.2.1/' + b'9' * 5000, qr.Invalid),
+                (b'2001:db8::1/129', qr.Invalid),
+                (b'2001:db8::1/ffff::', qr.Invalid),
+                (b'10.0.0.0/::1', qr.Invalid)):
+            self.check(want, holds, data)
+
+    def test_read_file(self):
+        with Home(empty=b'', largest=bytes(1000), larger=bytes(1001),
+                  huge=bytes((1 << 20) + 1), some=b'a\0b\r\n') as home:
+            def read(name, most=1000):
+                return qr.read_file(os.path.join(
+                    home.path, 'control', name).encode(), most)
+            os.mkfifo(os.path.join(home.path, 'control', 'fifo'))
+            for name, target in (('null', '/dev/null'),
+                                 ('zero', '/dev/zero'), ('link', 'some'),
+                                 ('dangling', 'nowhere'), ('loop', 'loop')):
+                os.symlink(target, os.path.join(home.path, 'control', name))
+            self.check(None, read, 'absent')
+            self.check(None, read, 'dangling')
+            self.check(None, read, 'absent/too')
+            self.check(b'', read, 'empty')
+            self.check(b'a\0b\r\n', read, 'some')
+            self.check(b'a\0b\r\n', read, 'link')
+            self.check(b'', read, 'null')
+            self.check(bytes(1000), read, 'largest')
+            self.check(qr.Invalid, read, 'larger')
+            self.check(qr.Invalid, read, 'huge', qr.CONTROL_MAX)
+            self.check(qr.Invalid, read, 'zero')
+            self.check(qr.Invalid, read, 'fifo')
+            self.check(qr.Invalid, read, '.')
+            self.check(OSError, read, 'loop')
+            self.check(NotADirectoryError, read, 'some/thing')
+
+    @unittest.skipIf(os.getuid() == 0, 'root can read everything')
+    def test_read_file_without_permission(self):
+        with Home(secret=b'x') as home:
+            path = os.path.join(home.path, 'control', 'secret')
+            os.chmod(path, 0)
+            self.check(PermissionError, qr.read_file, path.encode(), 9)
+
+    def read_control(self, home):
+        before = os.getcwd()
+        os.chdir(home.path)
+        try:
+            return qr.read_control()
+        finally:
+            os.chdir(before)
+
+    def test_read_control(self):
+        with Home(timeoutconnect=None, timeoutremote=None) as home:
+            def field(name):
+                return getattr(self.read_control(home), name)
+            for name, want in (
+                    ('helohost', ME), ('timeoutconnect', 60),
+                    ('timeoutremote', 1200), ('smtproutes', {}),
+                    ('authsenders', {}), ('moreipme', []),
+                    ('notipme', [])):
+                self.check(want, field, name)
+            home.write('helohost', b'helo.example\n')
+            home.write('me', None)
+            self.check(b'helo.example', field, 'helohost')
+            home.write('timeoutconnect', b'7\n')
+            home.write('timeoutremote', b'0\n')
+            home.write('moreipme', b'192.0.2.1\n')
+            home.write('notipme', b'192.0.2.2\n')
+            home.write('smtproutes', b':relay.example\n')
+            for name, want in (
+                    ('helohost', b'helo.example'), ('timeoutconnect', 7),
+                    ('timeoutremote', 1),
+                    ('moreipme', qr.parse_networks(b'192.0.2.1')),
+                    ('notipme', qr.parse_networks(b'192.0.2.2'))):
+                self.check(want, field, name)
+            self.assertEqual(b'relay.example', field('smtproutes')[b''].relay)
+
+    def test_unreadable_control(self):
+        """Whatever exists and cannot be read or understood defers."""
+        for name, bad in (
+                ('me', None), ('me', b''), ('me', b'a\0b'),
+                ('helohost', b''), ('helohost', b'\n' + ME),
+                ('smtproutes', b':relay.example:0\n'),
+                ('authsenders', b':relay.example:x|a|b\n'),
+                ('moreipme', b'?'), ('notipme', b'?'),
+                ('smtproutes', b'#' * (qr.CONTROL_MAX + 1))):
+            with Home(**{name: bad}) as home:
+                self.check(qr.NO_CONTROL, self.read_control, home)
+        for name in ('me', 'helohost', 'timeoutconnect', 'timeoutremote',
+                     'smtproutes', 'authsenders', 'moreipme', 'notipme'):
+            for make in os.mkdir, os.mkfifo:
+                with Home(**{name: None}) as home:
+                    make(os.path.join(home.path, 'control', name))
+                    self.check(qr.NO_CONTROL, self.read_control, home)
+        with Home(me=None, helohost=ME) as home:    # me is always read
+            self.check(ME, lambda: self.read_control(home).helohost)
+            os.mkdir(os.path.join(home.path, 'control', 'me'))
+            self.check(qr.NO_CONTROL, self.read_control, home)
+        with Home() as home:                # a file in the directory's place
+            shutil.rmtree(os.path.join(home.path, 'control'))
+            open(os.path.join(home.path, 'control'), 'w').close()
+            self.check(qr.NO_CONTROL, self.read_control, home)
+
+
+class Routes(Tables):
+
+    def route(self, value):
+        """(relay, port, credentials) of a route."""
+        route = qr.parse_route(value)
+        return route.relay, route.port, route.credentials
+
+    def test_parse_route(self):
+        for value, relay, port, credentials in (
+                (b'', None, None, None),
+                (b'a.example', b'a.example', None, None),
+                (b'A.Example.', b'A.Example.', None, None),
+                (b'a.example:26', b'a.example', 26, None),
+                (b'a.example;26', b'a.example', 26, None),
+                (b'a.example:1', b'a.example', 1, None),
+                (b'a.example:65535', b'a.example', 65535, None),
+                (b':26', None, 26, None),
+                (b'192.0.2.1:26', b'192.0.2.1', 26, None),
+                (b'[192.0.2.1]', b'[192.0.2.1]', None, None),
+                (b'[192.0.2.1]:26', b'[192.0.2.1]', 26, None),
+                (b'[2001:db8::1]', b'[2001:db8::1]', None, None),
+                (b'[2001:db8::1]:26', b'[2001:db8::1]', 26, None),
+                (b'[2001:db8::1];26', b'[2001:db8::1]', 26, None),
+                (b'a|u|p', b'a', None, (b'u', b'p')),
+                (b'a:26|u|p', b'a', 26, (b'u', b'p')),
+                (b'[::1]:26|u|p', b'[::1]', 26, (b'u', b'p')),
+                # the password is the rest of the line
+                (b'a|u|p|:|q:26', b'a', None, (b'u', b'p|:|q:26')),
+                (b'a|u:v|p', b'a', None, (b'u:v', b'p')),
+                (b'a|u||', b'a', None, (b'u', b'|')),
+                (b'a|u| p', b'a', None, (b'u', b' p')),
+                (b'a|\xc3\xbc|\xff', b'a', None, (b'\xc3\xbc', b'\xff')),
+                # user and password, or neither
+                (b'a|u|', b'a', None, None), (b'a|u', b'a', None, None),
+                (b'a||p', b'a', None, None), (b'a|', b'a', None, None),
+                (b'|u|p', None, None, (b'u', b'p'))):
+            self.check((relay, port, credentials), self.route, value)
+
+    def test_bad_routes(self):
+        for place in (
+                b'a:0', b'a:65536', b'a:abc', b'a:-1', b'a:', b'a;', b'a:+1',
+                b'a: 26', b'a:26 x', b'a:1_0', b'a:26:27',
+                'a:²'.encode(), b'a:' + b'9' * 5000, b':0',
+                b'2001:db8::1', b'::1', b'[2001:db8::1', b'[::1]26',
+                b'[192.0.2.300]', b'[192.0.2]', b'[]', b'[a.example]',
+                b'a b', b'a..b', b'.', b'<a>', b'x' * 64,
+                b'a\r', b'a\0', b'\xff'):
+            self.check(qr.Invalid, qr.parse_route, place)
+            self.check(qr.Invalid, qr.parse_route, place + b'|u|p')
+        for secret in (b'a|u\r|p', b'a|u|p\r', b'a|u|p\rQUIT', b'a|u\0|p',
+                       b'a|u|p\0'):
+            self.check(qr.Invalid, qr.parse_route, secret)
+
+    def routes(self, data):
+        """{domain: (relay, port, credentials)}"""
+        return {domain: (route.relay, route.port, route.credentials)
+                for domain, route in qr.parse_routes(data).items()}
+
+    def test_parse_routes(self):
+        for data, want in (
+                (None, {}), (b'', {}), (b'# a:b\n\n', {}),
+                (b'no colon\n', {}),
+                (b'Inside.AF.mil:firewall.af.mil:26\n',
+                 {b'inside.af.mil': (b'firewall.af.mil', 26, None)}),
+                (b'.af.mil:\n', {b'.af.mil': (None, None, None)}),
+                (b':heaven.af.mil', {b'': (b'heaven.af.mil', None, None)}),
+                (b'a:b \t\n', {b'a': (b'b', None, None)}),
+                # the last duplicate wins
+                (b'a:b\nA:c\n', {b'a': (b'c', None, None)}),
+                (b'a:b|u|p\n', {b'a': (b'b', None, (b'u', b'p'))}),
+                (b'a::26\n', {b'a': (None, 26, None)}),
+                (b'a:b\r\n', qr.Invalid), (b'a:b\nc:d:0\n', qr.Invalid),
+                (b'a:b:0\na:b\n', qr.Invalid)):
+            self.check(want, self.routes, data)
+
+    def senders(self, data):
+        return {sender: (route.relay, route.port, route.credentials)
+                for sender, route in qr.parse_senders(data).items()}
+
+    def test_parse_senders(self):
+        """A relay of False: none of its own, as smtproutes says."""
+        generic, other = (b'generic', b'passwd'), (b'other', b'otherpw')
+        test = b'test', b'testpass'
+        for data, want in (
+                (None, {}), (b'# a\n\nno colon, no bar\n', {}),
+                (b'@example.com|generic|passwd\n',
+                 {b'@example.com': (False, None, generic)}),
+                (b'.subdomain.example.com|other|otherpw\n',
+                 {b'.subdomain.example.com': (False, None, other)}),
+                (b'mail@example.com|test|testpass\n',
+                 {b'mail@example.com': (False, None, test)}),
+                (b'info@example.com:smtp.example.com:26|other|otherpw\n',
+                 {b'info@example.com': (b'smtp.example.com', 26, other)}),
+                (b':mailrelay.example.com|e=mc2|testpass\n',
+                 {b'': (b'mailrelay.example.com', None,
+                        (b'e=mc2', b'testpass'))}),
+                (b'|u|p', {b'': (False, None, (b'u', b'p'))}),
+                (b'A@B|U|P', {b'a@b': (False, None, (b'U', b'P'))}),
+                (b'a@b|u|p|:|q', {b'a@b': (False, None, (b'u', b'p|:|q'))}),
+                (b'a@b|u:x|p', {b'a@b': (False, None, (b'u:x', b'p'))}),
+                (b'a@b:r|u|p:26', {b'a@b': (b'r', None, (b'u', b'p:26'))}),
+                (b'a@b|u', {b'a@b': (False, None, None)}),
+                (b'a@b|u|', {b'a@b': (False, None, None)}),
+                (b'a@b:r', {b'a@b': (b'r', None, None)}),
+                (b'a@b:', {b'a@b': (None, None, None)}),
+                (b'a@b:|u|p', {b'a@b': (False, None, (b'u', b'p'))}),
+                (b'a@b:[::1]:26|u|p', {b'a@b': (b'[::1]', 26, (b'u', b'p'))}),
+                (b'a@b:r\na@B:s\n', {b'a@b': (b's', None, None)}),
+                (b'a@b|u|p\r\n', qr.Invalid), (b'a@b|u\0|p', qr.Invalid),
+                (b'a@b:r:0|u|p', qr.Invalid), (b'a@b:r:x|u|p', qr.Invalid)):
+            self.check(want, self.senders, data)
+
+    def test_the_manuals_examples(self):
+        """The lines that these tests take for the manual's are there."""
+        for line in (
+                'inside.af.mil:firewall.af.mil:26', '.af.mil:',
+                ':heaven.af.mil', '@example.com|generic|passwd',
+                '.subdomain.example.com|other|otherpw',
+                'mail@example.com|test|testpass',
+                'info@example.com:smtp.example.com:26|other|otherpw',
+                ':mailrelay.example.com|e=mc2|testpass'):
+            self.assertIn('\n            %s\n' % line, qr.__doc__)
+
+    def choose(self, smtproutes, authsenders, host, sender):
+        route = qr.choose_route(host, sender, control_files(
+            smtproutes=qr.parse_routes(smtproutes),
+            authsenders=qr.parse_senders(authsenders)))
+        return route.relay, route.port, route.credentials
+
+    def test_smtproutes(self):
+        """The whole host, then its suffixes from the left, then ''."""
+        manual = (b'inside.af.mil:firewall.af.mil:26\n.af.mil:\n'
+                  b':heaven.af.mil\n')
+        order = b'b.c:1\n.b.c:2\n.c:3\n:4\n'
+        for routes, host, want in (
+                (manual, b'inside.af.mil', (b'firewall.af.mil', 26)),
+                (manual, b'INSIDE.af.MIL', (b'firewall.af.mil', 26)),
+                (manual, b'x.inside.af.mil', (None, None)),
+                (manual, b'www.af.mil', (None, None)),
+                (manual, b'af.mil', (b'heaven.af.mil', None)),
+                (manual, b'elsewhere', (b'heaven.af.mil', None)),
+                (manual, b'', (b'heaven.af.mil', None)),
+                (order, b'b.c', (b'1', None)),
+                (order, b'a.b.c', (b'2', None)),
+                (order, b'z.a.b.c', (b'2', None)),
+                (order, b'ab.c', (b'3', None)),
+                (order, b'c', (b'4', None)),
+                (order, b'b.c.', (b'4', None)),
+                (order, b'b.cd', (b'4', None)),
+                (b'a:r\n', b'b', (None, None)),
+                (b'[192.0.2.1]:r\n', b'[192.0.2.1]', (b'r', None)),
+                (b'a::26\n', b'a', (None, 26))):
+            self.check(want + (None,), self.choose, routes, b'', host, b'')
+
+    def test_authsenders(self):
+        """The whole sender, its parts from each @ and dot, then ''."""
+        senders = (b's@a.b.c:1\n@a.b.c:2\n.b.c:3\n.c:4\n:5\n')
+        for sender, want in (
+                (b's@a.b.c', b'1'), (b'S@A.b.C', b'1'), (b't@a.b.c', b'2'),
+                (b'x.s@a.b.c', b'2'), (b't@z.b.c', b'3'), (b't@b.c', b'4'),
+                (b't@c', b'5'), (b't.c', b'4'), (b'', b'5'), (b't', b'5')):
+            self.check((want, None, None), self.choose, b':r\n', senders,
+                       b'host', sender)
+        self.check((b'r', None, None), self.choose, b':r\n', b'a@b:s\n',
+                   b'host', b'')
+
+    def test_who_wins(self):
+        """authsenders beats smtproutes; credentials never go by MX."""
+        secret, mine = (b'u', b'p'), (b'me', b'mine')
+        for title, smtproutes, authsenders, want in (
+                ('nothing', b'', b'', (None, None, None)),
+                ('smtproutes alone', b':r:26|u|p', b'', (b'r', 26, secret)),
+                ('a relay of its own',
+                 b':r:26|u|p', b':s|me|mine', (b's', None, mine)),
+                ('a relay of its own, no password',
+                 b':r:26|u|p', b':s', (b's', None, None)),
+                ('password only, smtproutes names a relay',
+                 b':r:26|u|p', b'|me|mine', (b'r', 26, mine)),
+                ('password only, nobody names a relay',
+                 b'', b'|me|mine', (None, None, None)),
+                ('password only, smtproutes says MX',
+                 b'host:|u|p\n:r', b'|me|mine', (None, None, None)),
+                ('user without password: unauthenticated',
+                 b':r|u|p', b'|me|', (b'r', None, None)),
+                ('smtproutes says MX and has a password',
+                 b':|u|p', b'', (None, None, None)),
+                ('smtproutes says MX on a port, with a password',
+                 b'::26|u|p', b'', (None, 26, None)),
+                ('an empty relay is none of its own',
+                 b':r|u|p', b':|me|mine', (b'r', None, mine)),
+                ('authsenders says MX',
+                 b':r|u|p', b'a@b:', (None, None, None)),
+                ('authsenders says MX on a port',
+                 b':r|u|p', b'::26|me|mine', (None, 26, None)),
+                ('another sender', b':r', b'x@y:s|me|mine',
+                 (b'r', None, None))):
+            with self.subTest(title):
+                self.check(want, self.choose, smtproutes, authsenders,
+                           b'host', b'a@b')
+
+
+# Addresses
+
+class AddressTables(Tables):
+
+    def test_quote(self):
+        for box, want in (
+                (b'a', b'a'), (b'a.b', b'a.b'), (b"!#$%&'*+-/=?^_`{|}~",
+                                                 b"!#$%&'*+-/=?^_`{|}~"),
+                (b'', b'""'), (b'.a', b'".a"'), (b'a.', b'"a."'),
+                (b'a..b', b'"a..b"'), (b'.', b'"."'), (b'a b', b'"a b"'),
+                (b'a\tb', b'"a\tb"'), (b'\x01', b'"\x01"'),
+                (b'\x7f', b'"\x7f"'), (b'a"b', b'"a\\"b"'),
+                (b'a\\b', b'"a\\\\b"'), (b'"a b"', b'"\\"a b\\""'),
+                (b'\xc3\xbc', b'\xc3\xbc'), (b'\xff', b'\xff')):
+            self.check(want, qr.quote, box)
+        for special in b'"(),:;<>@[\\] ':
+            quoted = qr.quote(b'a%cb' % special)
+            self.assertEqual(b'""', quoted[:1] + quoted[-1:])
+
+    def test_envelope_address(self):
+        for address, want in (
+                (b'', b''), (b'a@b', b'a@b'), (b'postmaster', b'postmaster'),
+                (b'A.b+c@D.Example', b'A.b+c@D.Example'),
+                (b'a@b@c', b'"a@b"@c'), (b'@d', b'""@d'), (b'a@', b'a@'),
+                (b'a b@c', b'"a b"@c'), (b'a"b@c', b'"a\\"b"@c'),
+                (b'<a>@b', b'"<a>"@b'), (b'a@[192.0.2.1]', b'a@[192.0.2.1]'),
+                (b'\x01@b', b'"\x01"@b'), (b'x' * 65 + b'@b',
+                                           b'x' * 65 + b'@b'),
+                (b'a@' + b'x' * 300, b'a@' + b'x' * 300),
+                ('ü@ü'.encode(), 'ü@ü'.encode()), (b'\xff@\xff',
+                                                   b'\xff@\xff'),
+                (b'#@[]', b'#@[]'),
+                # never sent
+                (b'a\r@b', None), (b'a\n@b', None), (b'a\0@b', None),
+                (b'a@b\r', None), (b'a@b\nRCPT', None), (b'a@b\0', None),
+                (b'a@b c', None), (b'a@b>', None), (b'a@<b', None),
+                (b'a@b\t', None), (b'a@b\x7f', None), (b'a>b', None),
+                (b'a b', None), (b'\r\n', None)):
+            self.check(want, qr.envelope_address, address)
+
+    def test_an_address_is_one_argument(self):
+        """Whatever the bytes: either refused, or outside of quotes nothing
+        that could end the argument."""
+        for value in range(256):
+            for form in (b'%c', b'a%cb', b'a%cb@c', b'a@b%cc', b'%c@%c'):
+                address = form.replace(b'%c', bytes([value]))
+                sent = qr.envelope_address(address)
+                if sent is None:
+                    self.assertTrue(value <= 32 or value in b'<>\x7f')
+                    continue
+                outside = re.sub(br'"(\\[\s\S]|[^"\\])*"', b'', sent)
+                self.assertFalse(re.search(br'[\0-\x20\x7f<>]', outside),
+                                 (address, sent))
+                self.assertFalse(re.search(br'[\0\r\n]', sent))
+
+    def test_a_labels(self):
+        strasse = 'stra\N{LATIN SMALL LETTER SHARP S}e'
+        for host, want in (
+                ('Example.COM', b'Example.COM'), ('', b''), ('.', b'.'),
+                (strasse, b'xn--strae-oqa'), ('strasse', b'strasse'),
+                ('bücher.example', b'xn--bcher-kva.example'),
+                ('BÜCHER.Example', b'xn--bcher-kva.example'),
+                ('bu\N{COMBINING DIAERESIS}cher', b'xn--bcher-kva'),
+                ('BU\N{COMBINING DIAERESIS}CHER', b'xn--bcher-kva'),
+                ('a.ü.b.', b'a.xn--tda.b.'), ('ü..a', b'xn--tda..a')):
+            self.check(want, qr.a_labels, host.encode())
+        # a full-width dot is no dot, full-width digits are no digits
+        self.check(0, lambda host: qr.a_labels(host.encode()).count(b'.'),
+                   'ü\N{IDEOGRAPHIC FULL STOP}a')
+        self.check(None, lambda host: qr.literal(host.encode()),
+                   '\N{FULLWIDTH DIGIT ONE}.2.3.4')
+        for host in (b'\xff', b'a.\xc3', b'\xed\xa0\x80', b'\xc0\xae'):
+            self.check(None, qr.a_labels, host)
+
+    def test_wire_name(self):
+        longest = b'.'.join([b'a' * 63] * 3 + [b'b' * 61])
+        for host, want in (
+                (b'a', b'\x01a\0'), (b'a.', b'\x01a\0'),
+                (b'Mail.Example', b'\x04mail\x07example\0'),
+                (b'_x.a-b', b'\x02_x\x03a-b\0'),
+                (b'1.2.3.4.', b'\x011\x012\x013\x014\0'),
+                ('ü'.encode(), b'\x07xn--tda\0'),
+                (b'a' * 63, b'\x3f' + b'a' * 63 + b'\0'),
+                (longest, (b'\x3f' + b'a' * 63) * 3 + b'\x3d' + b'b' * 61 +
+                 b'\0'),
+                (longest + b'.', (b'\x3f' + b'a' * 63) * 3 + b'\x3d' +
+                 b'b' * 61 + b'\0'),
+                (b'', None), (b'.', None), (b'..', None), (b'a..b', None),
+                (b'.a', None), (b'a..', None), (b'a' * 64, None),
+                (longest + b'b', None), (b'a.' * 128, None),
+                (b'a b', None), (b'a\0', None), (b'a\r', None),
+                (b'<a>', None), (b'a\x7f', None), (b'\xff', None),
+                (b'[192.0.2.1', None), (b'[300.1.1.1]', None),
+                (('ü' * 60).encode(), None),
+                ('ü\r'.encode(), None), ('ü '.encode(), None),
+                ('.ü'.encode(), None)):
+            self.check(want, qr.wire_name, host)
+
+    def test_a_name_without_measure(self):
+        """A host of any length is refused soon: Python's Punycode takes
+        minutes for 60 KB of letters."""
+        text = ''.join(map(chr, range(0x4e00, 0x4e00 + 3000))).encode()
+        start = time.process_time()
+        self.check(None, qr.wire_name, b'a.' + text + b'.example')
+        self.check(None, qr.wire_name, b'a.' * 50000)
+        self.assertLess(time.process_time() - start, 0.3)
+
+    def test_canonical(self):
+        for text, want in (
+                (b'192.0.2.1', b'192.0.2.1'), (b'0.0.0.0', b'0.0.0.0'),
+                (b'255.255.255.255', b'255.255.255.255'),
+                (b'2001:DB8::1', b'2001:db8::1'), (b'::', b'::'),
+                (b'2001:0db8:0000:0000:0:0:0:1', b'2001:db8::1'),
+                (b'1:0:0:2:0:0:0:3', b'1:0:0:2::3'),
+                (b'::ffff:192.0.2.1', b'192.0.2.1'),
+                (b'::ffff:c000:201', b'192.0.2.1'),
+                (b'', None), (b'192.0.2', None), (b'192.0.2.1.', None),
+                (b'192.0.2.300', None), (b'192.0.2.1.1', None),
+                (b'192.0.2.-1', None), (b'192.0.2.0x1', None),
+                (b' 192.0.2.1', None), (b'192.0.2.1 ', None),
+                (b'192.0.2.1\n', None), (b'192.0.2.1\0', None),
+                (b'4294967297.1.1.1', None), (b'3232235777', None),
+                (b'fe80::1%lo', None), (b'fe80::1%1', None),
+                (b':', None), (b':::', None), (b'1::2::3', None),
+                (b'::g', None), (b'1:2:3:4:5:6:7', None),
+                (b'1:2:3:4:5:6:7:8:9', None), (b'::12345', None),
+                (b'[::1]', None), ('１.2.3.4'.encode(), None),
+                (b'a.example', None)):
+            self.check(want, qr.canonical, text)
+
+    def test_literal(self):
+        for host, want in (
+                (b'192.0.2.1', b'192.0.2.1'), (b'[192.0.2.1]', b'192.0.2.1'),
+                (b'[2001:DB8::1]', b'2001:db8::1'),
+                (b'[IPv6:2001:db8::1]', b'2001:db8::1'),
+                (b'[ipv6:::1]', b'::1'), (b'[::1]', b'::1'),
+                (b'', None), (b'[]', None), (b'[', None), (b']', None),
+                (b'::1', None), (b'[::1', None), (b'::1]', None),
+                (b'[300.1.1.1]', None), (b'[1.2.3]', None),
+                (b'[4294967297.1.1.1]', None), (b'1.2.3.4.', None),
+                (b'[1.2.3.4.]', None), (b'[IPv6:1.2.3.4]', None),
+                (b'[IPv6:]', None), (b'[IPv4:1.2.3.4]', None),
+                (b'[fe80::1%lo]', None), (b'[[::1]]', None),
+                (b'[1.2.3.4]x', None), (b'[a.example]', None),
+                (b'a.example', None), (b'[\xff]', None)):
+            self.check(want, qr.literal, host)
+
+    def test_address_text(self):
+        for packed, want in (
+                (b'\xc0\0\2\1', b'192.0.2.1'), (bytes(16), b'::'),
+                (bytes(15) + b'\1', b'::1'),
+                (bytes(10) + b'\xff\xff\xc0\0\2\1', b'192.0.2.1')):
+            self.check(want, qr.address_text, packed)
+
+    def test_non_ascii(self):
+        for text, want in ((b'', False), (b'a\x7f', False), (b'\x80', True),
+                           ('ü'.encode(), True)):
+            self.check(want, qr.non_ascii, text)
+
+
+# Outcomes
+
+class Outcomes(Tables):
+
+    def test_temporary(self):
+        for text, want in ((b'Dx', b'Zx'), (b'Zx', b'Zx'), (b'hx', b'sx'),
+                           (b'sx', b'sx'), (b'D', b'Z'), (b'r', b'r')):
+            self.check(want, qr.temporary, text)
+
+    def test_printable(self):
+        self.check(b'a?b??~!', qr.printable, b'a b\r\x80~!')
+
+    def test_output_of(self):
+        for recipients, text, want in (
+                ([], b'Kok\n', b'Kok\n\0'),
+                ([b'r', b'hno\n'], b'Kok\n', b'r\0hno\n\0Kok\n\0'),
+                ([b's\0x'], b'Z\0\0y', b's?x\0Z??y\0')):
+            self.check(want, qr.output_of, qr.Report(text, recipients))
+
+    def test_every_sentence(self):
+        """Each starts with its letter, ends its line, and holds no NUL."""
+        for name, text in vars(qr).items():
+            if name.isupper() and isinstance(text, bytes) and \
+                    text.endswith(b'\n'):
+                with self.subTest(name):
+                    self.assertNotIn(b'\0', text)
+                    self.assertIn(text[:1], b'KZDhsn%')
+
+
+# DNS wire
+
+def dns_packet(*records, **changes):
+    """An answer to QUESTION with id 0x1234, from the wire forms of its
+    records.  Changes: id, flags, questions, answers, authority, additional
+    (numbers), question (bytes)."""
+    answers = changes.get('answers', len(records) -
+                          changes.get('authority', 0) -
+                          changes.get('additional', 0))
+    return struct.pack(
+        '!6H', changes.get('id', 0x1234), changes.get('flags', 0x8180),
+        changes.get('questions', 1), answers, changes.get('authority', 0),
+        changes.get('additional', 0)
+    ) + changes.get('question', QUESTION_A) + b''.join(records)
+
+
+# The name asked is at 12 in the packet, so C0 0C points to it, and C0 0E
+# to "test"; the first record starts at 24.
+QUESTION_NAME = b'\x01m\x04test\0'
+QUESTION_A = QUESTION_NAME + b'\x00\x01\x00\x01'
+QUESTION_MX = QUESTION_NAME + b'\x00\x0f\x00\x01'
+QUESTION_AAAA = QUESTION_NAME + b'\x00\x1c\x00\x01'
+TTL = b'\x00\x00\x01\x2c'
+A_RECORD = b'\xc0\x0c\x00\x01\x00\x01' + TTL + b'\x00\x04\xc0\x00\x02\x01'
+FIRST = 12 + len(QUESTION_A)
+
+
+class DnsWire(Tables):
+
+    def test_build_question(self):
+        plain = (b'\x12\x34'                        # id
+                 b'\x01\x00'                        # RD alone
+                 b'\x00\x01\x00\x00\x00\x00\x00\x00'
+                 b'\x01m\x04test\x00\x00\x0f\x00\x01')
+        edns = (b'\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x01'
+                b'\x01m\x04test\x00\x00\x0f\x00\x01'
+                b'\x00\x00\x29'                     # the root's OPT
+                b'\x04\xd0'                         # 1232 bytes
+                b'\x00\x00\x00\x00\x00\x00')
+        self.check(plain, qr.build_question, 0x1234, QUESTION_NAME, 15,
+                   False)
+        self.check(edns, qr.build_question, 0x1234, QUESTION_NAME, 15, True)
+
+    def answer(self, packet, qtype=1):
+        return qr.parse_answer(packet, 0x1234, QUESTION_NAME, qtype)
+
+    def values(self, packet, qtype=1):
+        """What an answer says about the name asked; None if it is no answer
+        to the question."""
+        answer = self.answer(packet, qtype)
+        return None if answer is None else \
+            qr.follow(answer.records, QUESTION_NAME, qtype)[0]
+
+    def test_good_answers(self):
+        mx = b'\xc0\x0c\x00\x0f\x00\x01' + TTL
+        for title, qtype, packet, want in (
+                ('an address', 1, dns_packet(A_RECORD), [b'192.0.2.1']),
+                ('no record', 1, dns_packet(), []),
+                ('two addresses', 1, dns_packet(
+                    A_RECORD, A_RECORD[:-1] + b'\2'),
+                 [b'192.0.2.1', b'192.0.2.2']),
+                ('the owner spelled out, in capitals', 1, dns_packet(
+                    b'\x01M\x04TEST\0' + A_RECORD[2:]), [b'192.0.2.1']),
+                ('the question in capitals', 1, dns_packet(
+                    A_RECORD, question=b'\x01M\x04tEsT\0\0\1\0\1'),
+                 [b'192.0.2.1']),
+                ('half a pointer: m, then "test"', 1, dns_packet(
+                    b'\x01m\xc0\x0e' + A_RECORD[2:]), [b'192.0.2.1']),
+                ('a pointer to a pointer', 1, dns_packet(
+                    A_RECORD, b'\xc0\x18' + A_RECORD[2:]),
+                 [b'192.0.2.1'] * 2),
+                ('TTL 0', 1, dns_packet(
+                    A_RECORD[:6] + bytes(4) + A_RECORD[10:]),
+                 [b'192.0.2.1']),
+                ('TTL with all bits', 1, dns_packet(
+                    A_RECORD[:6] + b'\xff' * 4 + A_RECORD[10:]),
+                 [b'192.0.2.1']),
+                ('bytes after the last record', 1,
+                 dns_packet(A_RECORD) + b'garbage', [b'192.0.2.1']),
+                ('an IPv6 address', 28, dns_packet(
+                    b'\xc0\x0c\x00\x1c\x00\x01' + TTL + b'\x00\x10'
+                    b'\x20\x01\x0d\xb8' + bytes(11) + b'\1',
+                    question=QUESTION_AAAA), [b'2001:db8::1']),
+                ('an IPv4 address as an IPv6 one', 28, dns_packet(
+                    b'\xc0\x0c\x00\x1c\x00\x01' + TTL + b'\x00\x10' +
+                    bytes(10) + b'\xff\xff\xc0\0\2\1',
+                    question=QUESTION_AAAA), [b'192.0.2.1']),
+                ('an exchanger', 15, dns_packet(
+                    mx + b'\x00\x08\x00\x0a\x03MX1\xc0\x0e',
+                    question=QUESTION_MX), [(10, b'\x03mx1\x04test\0')]),
+                ('no exchanger', 15, dns_packet(
+                    mx + b'\x00\x03\x00\x00\x00', question=QUESTION_MX),
+                 [(0, b'\0')]),
+                ('the highest preference', 15, dns_packet(
+                    mx + b'\x00\x04\xff\xff\xc0\x0c', question=QUESTION_MX),
+                 [(65535, QUESTION_NAME)]),
+                ('a record of a type that nobody knows', 1, dns_packet(
+                    b'\xc0\x0c\xff\x00\x00\x01' + TTL + b'\x00\x02??',
+                    A_RECORD), [b'192.0.2.1'])):
+            with self.subTest(title):
+                self.check(want, self.values, packet, qtype)
+
+    def test_no_answer_to_this_question(self):
+        """Not counted: whoever sent it, the right one may still come."""
+        for title, packet in (
+                ('empty', b''), ('one byte', b'\x12'),
+                ('11 bytes', dns_packet(A_RECORD)[:11]),
+                ('the header alone', dns_packet(A_RECORD)[:12]),
+                ('a header without questions', struct.pack(
+                    '!6H', 0x1234, 0x8180, 0, 0, 0, 0)),
+                ('half a question', dns_packet()[:-1]),
+                ('wrong id', dns_packet(A_RECORD, id=0x1235)),
+                ('QR clear', dns_packet(A_RECORD, flags=0x0180)),
+                ('opcode 1', dns_packet(A_RECORD, flags=0x8980)),
+                ('opcode 8', dns_packet(A_RECORD, flags=0xc180)),
+                ('no question', dns_packet(
+                    A_RECORD, questions=0, question=b'')),
+                ('two questions', dns_packet(
+                    A_RECORD, questions=2, question=QUESTION_A * 2)),
+                ('another name', dns_packet(
+                    A_RECORD, question=b'\x01n\x04test\0\0\1\0\1')),
+                ('a longer name', dns_packet(
+                    A_RECORD, question=b'\x01m\x04test\1x\0\0\1\0\1')),
+                ('another type', dns_packet(
+                    A_RECORD, question=QUESTION_MX)),
+                ('another class', dns_packet(
+                    A_RECORD, question=QUESTION_NAME + b'\0\1\0\3')),
+                ('a pointer in the question', dns_packet(
+                    A_RECORD, question=b'\xc0\x0c\0\1\0\1'))):
+            with self.subTest(title):
+                self.check(None, self.values, packet)
+
+    def test_malformed(self):
+        """It answers, but breaks RFC 1035: the next server."""
+        def owned_by(name):
+            return dns_packet(name + A_RECORD[2:])
+
+        def record(rtype, rdata):
+            return b'\xc0\x0c' + struct.pack(
+                '!HHIH', rtype, 1, 300, len(rdata)) + rdata
+        name_of_256 = (b'\x3f' + b'a' * 63) * 3 + b'\x3e' + b'b' * 62 + b'\0'
+        for title, packet in (
+                ('points to itself', owned_by(b'\xc0\x18')),
+                ('a loop of two', owned_by(b'\x01a\xc0\x18')),
+                ('points forward', owned_by(b'\xc0\x1a')),
+                ('points past the end', owned_by(b'\xff\xff')),
+                ('points into the header', owned_by(b'\xc0\x00')),
+                ('points to the header\'s last byte', owned_by(b'\xc0\x0b')),
+                ('half a pointer at the end', dns_packet(
+                    b'\xc0', answers=1)),
+                ('label type 0x40', owned_by(b'\x41' + b'a' * 65 + b'\0')),
+                ('label type 0x80', owned_by(b'\x81' + b'a' * 129 + b'\0')),
+                ('a name of 256 bytes', owned_by(name_of_256)),
+                ('256 bytes with a pointer', owned_by(
+                    (b'\x3f' + b'a' * 63) * 3 + b'\x39' + b'a' * 57 +
+                    b'\xc0\x0e')),
+                ('a name without end', dns_packet(b'\x01a', answers=1)),
+                ('a label past the end', dns_packet(b'\x05a', answers=1)),
+                ('cut in the fixed part', dns_packet(A_RECORD)[:-5]),
+                ('cut in the rdata', dns_packet(A_RECORD)[:-1]),
+                ('one record too few', dns_packet(A_RECORD, answers=2)),
+                ('65535 announced', dns_packet(A_RECORD, answers=65535)),
+                ('authority announced', dns_packet(
+                    A_RECORD, answers=1, authority=1)),
+                ('additional announced', dns_packet(
+                    A_RECORD, answers=1, additional=1)),
+                ('A of 3', dns_packet(record(1, b'abc'))),
+                ('A of 5', dns_packet(record(1, b'abcde'))),
+                ('A of 0', dns_packet(record(1, b''))),
+                ('AAAA of 17', dns_packet(record(28, bytes(17)))),
+                ('AAAA of 4', dns_packet(record(28, bytes(4)))),
+                ('MX of 2', dns_packet(record(15, b'\0\1'))),
+                ('MX of 0', dns_packet(record(15, b''))),
+                ('MX, bytes after the name', dns_packet(
+                    record(15, b'\0\1\xc0\x0c?'))),
+                ('MX, the name leaves the rdata', dns_packet(
+                    record(15, b'\0\1\x05') + b'a' * 9)),
+                ('CNAME of 0', dns_packet(record(5, b''))),
+                ('CNAME, bytes after the name', dns_packet(
+                    record(5, b'\xc0\x0c\0'))),
+                ('CNAME that points forward', dns_packet(
+                    record(5, b'\xc0\x30')))):
+            with self.subTest(title):
+                self.check(qr.Malformed, self.values, packet)
+        self.check([], self.values, owned_by(name_of_256[64:]))
+
+    def test_records_that_do_not_count(self):
+        other = b'\x01n\xc0\x0e'
+        for title, records in (
+                ('a foreign owner', [other + A_RECORD[2:]]),
+                ('the parent', [b'\xc0\x0e' + A_RECORD[2:]]),
+                ('a child', [b'\x01x\xc0\x0c' + A_RECORD[2:]]),
+                ('the root', [b'\0' + A_RECORD[2:]]),
+                ('another type', [A_RECORD[:2] + b'\0\x10' + A_RECORD[4:]]),
+                ('class CHAOS', [A_RECORD[:4] + b'\0\3' + A_RECORD[6:]]),
+                ('class ANY', [A_RECORD[:4] + b'\0\xff' + A_RECORD[6:]]),
+                ('class 0', [A_RECORD[:4] + b'\0\0' + A_RECORD[6:]]),
+                ('a CNAME of class CHAOS', [
+                    b'\xc0\x0c\0\5\0\3' + TTL + b'\0\4\x01n\xc0\x0e',
+                    other + A_RECORD[2:]]),
+                ('another name\'s CNAME', [
+                    other + b'\0\5\0\1' + TTL + b'\0\4\x01o\xc0\x0e',
+                    b'\x01o\xc0\x0e' + A_RECORD[2:]])):
+            with self.subTest(title):
+                self.check([], self.values, dns_packet(*records))
+        self.check([], self.values, dns_packet(
+            A_RECORD, A_RECORD, authority=1, additional=1))
+
+    def test_header_and_sections(self):
+        soa = (b'\xc0\x0e\x00\x06\x00\x01' + TTL + b'\x00\x18\x00\x00' +
+               bytes(20) + b'\0\1')
+
+        def opt(ttl):
+            return b'\0\0\x29\x04\xd0' + struct.pack('!IH', ttl, 0)
+        names = 'rcode', 'truncated', 'lame', 'final'
+        plain = dict(rcode=0, truncated=False, lame=False, final=False)
+        for title, packet, changes in (
+                ('RA', dns_packet(flags=0x8180), {}),
+                ('AA', dns_packet(flags=0x8500), {}),
+                ('neither', dns_packet(flags=0x8100), {'lame': True}),
+                ('rcode 2', dns_packet(flags=0x8182), {'rcode': 2}),
+                ('rcode 15', dns_packet(flags=0x818f), {'rcode': 15}),
+                ('TC', dns_packet(flags=0x8380), {'truncated': True}),
+                ('SOA', dns_packet(soa, authority=1), {'final': True}),
+                ('SOA elsewhere', dns_packet(soa, additional=1), {}),
+                ('OPT', dns_packet(opt(0), additional=1), {}),
+                ('DO', dns_packet(opt(0x8000), additional=1), {}),
+                ('BADVERS', dns_packet(opt(1 << 24), additional=1),
+                 {'rcode': 16}),
+                ('rcode 18', dns_packet(
+                    opt(1 << 24), additional=1, flags=0x8182),
+                 {'rcode': 18})):
+            with self.subTest(title):
+                answer = self.answer(packet)
+                self.assertEqual(dict(plain, **changes), {
+                    name: getattr(answer, name) for name in names})
+
+    def test_truncated(self):
+        """What a truncated answer holds is not looked at."""
+        whole = dns_packet(A_RECORD, A_RECORD, flags=0x8380)
+        for end in (len(whole), len(whole) - 3, FIRST + len(A_RECORD),
+                    FIRST + 3, FIRST):
+            answer = self.answer(whole[:end])
+            self.assertTrue(answer.truncated)
+            self.assertEqual([], answer.records)
+
+    def test_follow(self):
+        def chain(links, *more):
+            return [(b'%d' % i, qr.CNAME, b'%d' % (i + 1))
+                    for i in range(links)] + list(more)
+
+        def at(name, value=b'192.0.2.1'):
+            return name, qr.A, value
+        ten = chain(10, at(b'10'))
+        for title, records, want in (
+                ('nothing', [], ([], b'0', 0)),
+                ('its own', [at(b'0')], ([b'192.0.2.1'], b'0', 0)),
+                ('two, in order', [at(b'0', b'b'), at(b'0', b'a')],
+                 ([b'b', b'a'], b'0', 0)),
+                ('one link', chain(1, at(b'1')), ([b'192.0.2.1'], b'1', 1)),
+                ('the address first', chain(1, at(b'1'))[::-1],
+                 ([b'192.0.2.1'], b'1', 1)),
+                ('ten links', ten, ([b'192.0.2.1'], b'10', 10)),
+                ('ten links backwards', ten[::-1],
+                 ([b'192.0.2.1'], b'10', 10)),
+                ('ten links, every other first', ten[::2] + ten[1::2],
+                 ([b'192.0.2.1'], b'10', 10)),
+                ('eleven links', chain(11, at(b'11')), qr.Malformed),
+                ('a loop of one', [(b'0', qr.CNAME, b'0')], qr.Malformed),
+                ('a loop of two', [(b'0', qr.CNAME, b'1'),
+                                   (b'1', qr.CNAME, b'0')], qr.Malformed),
+                ('a chain that ends elsewhere', chain(2, at(b'5')),
+                 ([], b'2', 2)),
+                ('a loop elsewhere', [(b'7', qr.CNAME, b'7'), at(b'0')],
+                 ([b'192.0.2.1'], b'0', 0))):
+            with self.subTest(title):
+                self.check(want, qr.follow, records, b'0', qr.A)
+
+    def test_mutations(self):
+        """20,000 damaged answers: no exception but Malformed, and no value
+        that the packet does not hold."""
+        mx = b'\xc0\x0c\x00\x0f\x00\x01' + TTL + b'\x00\x08\x00'
+        good = [
+            (1, dns_packet(
+                b'\xc0\x0c\x00\x05\x00\x01' + TTL + b'\x00\x04\x01n\xc0\x0e',
+                b'\x01n\xc0\x0e' + A_RECORD[2:],
+                b'\x01n\xc0\x0e' + A_RECORD[2:-1] + b'\2',
+                b'\0\0\x29\x04\xd0\0\0\0\0\0\0', additional=1)),
+            (15, dns_packet(
+                mx + b'\x0a\x03mx1\xc0\x0e', mx + b'\x14\x03mx2\xc0\x0e',
+                b'\x03mx1\xc0\x0e' + A_RECORD[2:], additional=1,
+                question=QUESTION_MX)),
+            (28, dns_packet(
+                b'\xc0\x0c\x00\x1c\x00\x01' + TTL + b'\x00\x10\x20\x01' +
+                bytes(range(14)), question=QUESTION_AAAA)),
+            (1, dns_packet(
+                b'\xc0\x0e\x00\x06\x00\x01' + TTL + b'\x00\x18\0\0' +
+                bytes(20) + b'\0\1', authority=1, flags=0x8183))]
+        chance, accepted = random.Random(1), 0
+        for number in range(20000):
+            qtype, packet = good[number % len(good)]
+            packet = bytearray(packet)
+            for _ in range(chance.choice((1, 1, 2, 5))):
+                # mostly behind the question, or nothing gets through
+                at = chance.randrange(FIRST if chance.random() < .9 else 0,
+                                      max(FIRST + 1, len(packet)))
+                kind = chance.randrange(4)
+                if kind == 0:
+                    packet[at:at + 1] = bytes([chance.randrange(256)])
+                elif kind == 1:
+                    packet[at:at + 1] = bytes([
+                        (packet[at] if at < len(packet) else 0) ^
+                        1 << chance.randrange(8)])
+                elif kind == 2:
+                    del packet[at:at + chance.choice((1, 2, 1000))]
+                else:
+                    packet[at:at] = bytes([chance.randrange(256)])
+            accepted += self.mutant(bytes(packet), qtype)
+        self.assertGreater(accepted, 1000)
+
+    def mutant(self, packet, qtype):
+        """The number of values accepted from it, each held against it."""
+        try:
+            answer = self.answer(packet, qtype)
+            if answer is None:
+                return 0
+            values = qr.follow(answer.records, QUESTION_NAME, qtype)[0]
+        except qr.Malformed:
+            return 0
+        lower = packet.lower()
+        for value in values:
+            if qtype == qr.MX:
+                parts = [struct.pack('!H', value[0])]
+                self.assertIn(parts[0], packet)
+                self.assertLessEqual(len(value[1]), 255)
+                at = 0
+                while value[1][at]:
+                    end = at + 1 + value[1][at]
+                    self.assertIn(value[1][at:end], lower)
+                    at = end
+                self.assertEqual(at + 1, len(value[1]))
+            else:
+                family = socket.AF_INET6 if b':' in value else socket.AF_INET
+                self.assertIn(socket.inet_pton(family, value.decode()),
+                              packet)
+        return len(values)
+
+
+# DNS lookups
+
+class NameServers(Tables):
+
+    def servers(self, data, override=b''):
+        return [server.sockaddr[:2] for server in
+                qr.parse_resolv_conf(data, override).servers]
+
+    def test_name_server(self):
+        try:
+            index = socket.if_nametoindex('lo')
+        except (AttributeError, OSError):   # PyPy; a system without lo
+            index = None
+        v4, v6 = socket.AF_INET, socket.AF_INET6
+        for text, want in (
+                (b'192.0.2.1', (v4, (b'192.0.2.1', 53))),
+                (b'192.0.2.1:5353', (v4, (b'192.0.2.1', 5353))),
+                (b'192.0.2.1:65535', (v4, (b'192.0.2.1', 65535))),
+                (b'::1', (v6, (b'::1', 53, 0, 0))),
+                (b'2001:db8::1', (v6, (b'2001:db8::1', 53, 0, 0))),
+                (b'[::1]:5353', (v6, (b'::1', 5353, 0, 0))),
+                (b'fe80::1%7', (v6, (b'fe80::1', 53, 0, 7))),
+                (b'[fe80::1%7]:53', (v6, (b'fe80::1', 53, 0, 7))),
+                (b'fe80::1%lo', index and (v6, (b'fe80::1', 53, 0, index))),
+                (b'fe80::1%nosuch', None), (b'fe80::1%', None),
+                (b'fe80::1%4294967296', None),
+                (b'fe80::1%' + b'9' * 5000, None),
+                (b'', None), (b'localhost', None), (b'192.0.2', None),
+                (b'192.0.2.1:0', None), (b'192.0.2.1:65536', None),
+                (b'192.0.2.1:', None), (b'192.0.2.1:x', None),
+                (b'192.0.2.1:-1', None), (b'192.0.2.1:00005399999', None),
+                (b'192.0.2.1:000001' + b'0' * 5000, None),
+                (b'[::1]:0', None), (b'[::1', None), (b'[::1]x', None),
+                (b'[', None), (b']', None), (b'\xff', None), (b'\0', None)):
+            self.check(
+                want, lambda text: (lambda server: server and (
+                    server.family, server.sockaddr))(qr.name_server(text)),
+                text)
+
+    def test_resolv_conf(self):
+        default = [(b'127.0.0.1', 53)]
+        one = [(b'192.0.2.1', 53)]
+        ten = b''.join(b'nameserver 192.0.2.%d\n' % i for i in range(1, 11))
+        for title, data, want in (
+                ('missing', None, default), ('empty', b'', default),
+                ('binary', bytes(range(256)) * 99, default),
+                ('ordinary', b'search x\nnameserver 192.0.2.1\n', one),
+                ('no final newline', b'nameserver 192.0.2.1', one),
+                ('tab', b'nameserver\t192.0.2.1\n', one),
+                ('CRLF', b'nameserver 192.0.2.1\r\n', one),
+                ('comments', b'# nameserver 192.0.2.9\n; nameserver 9.9.9.9'
+                 b'\n#nameserver 9.9.9.9\nnameserver 192.0.2.1 # x\n', one),
+                ('nonsense among others', b'nameserver\nnameserver x\n'
+                 b'nameserver 192.0.2.1\nnameservers 9.9.9.9\n', one),
+                ('IPv6', b'nameserver ::1\n', [(b'::1', 53)]),
+                ('scoped IPv6', b'nameserver fe80::1%1\n',
+                 [(b'fe80::1', 53)]),
+                ('ten servers', ten, [(b'192.0.2.%d' % i, 53)
+                                      for i in (1, 2, 3)]),
+                ('the third good one', b'nameserver x\n' * 3 + ten,
+                 [(b'192.0.2.%d' % i, 53) for i in (1, 2, 3)])):
+            with self.subTest(title):
+                self.check(want, self.servers, data)
+
+    def test_dnscacheip(self):
+        conf = b'nameserver 192.0.2.1\n'
+        for override, want in (
+                (b'', [(b'192.0.2.1', 53)]), (b' ', [(b'192.0.2.1', 53)]),
+                (b'127.0.0.1', [(b'127.0.0.1', 53)]),
+                (b'127.0.0.1 ::1\t127.0.0.1:5353 [::1]:5353',
+                 [(b'127.0.0.1', 53), (b'::1', 53), (b'127.0.0.1', 5353)]),
+                (b'[::1]:5353', [(b'::1', 5353)]),
+                (b'x 127.0.0.1', [(b'127.0.0.1', 53)]),
+                (b'nonsense', [(b'192.0.2.1', 53)])):
+            self.check(want, self.servers, conf, override)
+
+    def test_options(self):
+        def options(line):
+            config = qr.parse_resolv_conf(line)
+            return config.timeout, config.attempts, config.tcp
+        for line, want in (
+                (b'', (5, 2, False)), (b'options', (5, 2, False)),
+                (b'options ndots:5 rotate', (5, 2, False)),
+                (b'options timeout:3 attempts:4', (3, 4, False)),
+                (b'options timeout:3\noptions attempts:4\r\n',
+                 (3, 4, False)),
+                (b'options use-vc trust-ad', (5, 2, True)),
+                (b'options use-vcx', (5, 2, False)),
+                (b'options timeout:99 attempts:99', (30, 5, False)),
+                (b'options timeout:0 attempts:0', (1, 1, False)),
+                (b'options timeout: attempts:x', (5, 2, False)),
+                (b'options timeout:-1', (5, 2, False)),
+                (b'options timeout:' + b'9' * 5000, (30, 2, False)),
+                (b'#options timeout:3', (5, 2, False))):
+            self.check(want, options, line)
+
+
+class SideBySide(Tables):
+    """side_by_side() with sockets that are ready at a moment of virtual
+    time: a "socket" here is that moment."""
+
+    def setUp(self):
+        self.clock, self.most, self.waiting = VirtualClock(0), 0, 0
+
+    def wait(self, reading, writing, deadline):
+        if self.clock.now >= deadline:
+            raise qr.TimedOut()
+        moment = min(reading + writing, default=deadline)
+        if moment >= deadline:
+            self.clock.now = deadline
+            raise qr.TimedOut()
+        self.clock.now = max(self.clock.now, moment)
+        return ([place for place in reading if place <= moment],
+                [place for place in writing if place <= moment])
+
+    def job(self, name, *places):
+        """A generator that waits for each place, and tells how it went."""
+        story = []
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        for place in places:
+            try:
+                yield place
+                story.append('ready')
+            except qr.TimedOut:
+                story.append('timed out')
+        self.waiting -= 1
+        return name, story, self.clock.now
+
+    def run_jobs(self, *jobs):
+        return qr.side_by_side(list(jobs), self.wait, self.clock)
+
+    def test_results(self):
+        for title, jobs, want, end in (
+                ('none', [], [], 0),
+                ('one that never waits', [self.job('a')], [('a', [], 0)], 0),
+                ('the time of the slowest, in their order',
+                 [self.job('a', (7, False, 99)), self.job('b', (5, 0, 99)),
+                  self.job('c', (3, True, 99))],
+                 [('a', ['ready'], 7), ('b', ['ready'], 5),
+                  ('c', ['ready'], 3)], 7),
+                ('each has its deadline',
+                 [self.job('a', (99, False, 20)), self.job('b', (99, 0, 10)),
+                  self.job('c', (15, True, 20))],
+                 [('a', ['timed out'], 20), ('b', ['timed out'], 10),
+                  ('c', ['ready'], 15)], 20),
+                ('several waits',
+                 [self.job('a', (1, 0, 9), (99, 0, 5), (6, 1, 9)),
+                  self.job('b', (2, 0, 9))],
+                 [('a', ['ready', 'timed out', 'ready'], 6),
+                  ('b', ['ready'], 2)], 6),
+                ('no socket, a pause',
+                 [self.job('a', (None, False, 4)), self.job('b', (9, 0, 9))],
+                 [('a', ['timed out'], 4), ('b', ['timed out'], 9)], 9)):
+            with self.subTest(title):
+                self.clock.now = 0
+                self.check(want, self.run_jobs, *jobs)
+                self.assertEqual(end, self.clock.now)
+
+    def test_not_too_many_at_once(self):
+        jobs = [self.job(i, (1000 + i, False, 9999)) for i in range(700)]
+        results = self.run_jobs(*jobs)
+        self.assertEqual(list(range(700)), [name for name, _, _ in results])
+        self.assertLessEqual(self.most, qr.DNS_TOGETHER)
+        self.assertEqual(1699, self.clock.now)
+
+    def test_errors_pass(self):
+        def broken():
+            yield 1, False, 9
+            raise qr.Malformed('x')
+        self.check(qr.Malformed, self.run_jobs, broken())
+
+
+class Resolving(Tables):
+    """The Resolver against scripted name servers on loopback."""
+
+    NAME = dns_name('m.test')
+    GOOD = {('m.test', 'A'): ['192.0.2.1'],
+            ('m.test', 'MX'): [(10, 'mx.test')]}
+
+    def resolver(self, *servers, timeout=10.0, attempts=1, options=b''):
+        config = qr.parse_resolv_conf(options, b' '.join(
+            getattr(server, 'dns', server).encode() for server in servers))
+        self.assertEqual(len(servers), len(config.servers))
+        config.timeout, config.attempts = timeout, attempts
+        return qr.Resolver(config, qr.wait, time.monotonic)
+
+    def ask(self, resolver, name=NAME, qtype=1):
+        lookup, = resolver.ask([(name, qtype)])
+        return lookup.status, lookup.values
+
+    def expect_good(self, *servers, qtype=1, **options):
+        """The whole answer, whatever some of the servers do."""
+        want = [b'192.0.2.1'] if qtype == 1 else [(10, dns_name('mx.test'))]
+        self.check(('ok', want), self.ask, self.resolver(*servers, **options),
+                   self.NAME, qtype)
+
+    def expect_soft(self, *servers, **options):
+        self.check(('soft', []), self.ask,
+                   self.resolver(*servers, **options))
+
+    @staticmethod
+    def closed_port():
+        """An address where nobody listens."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(('127.0.0.1', 0))
+            return '127.0.0.1:%d' % sock.getsockname()[1]
+
+    def overridden(self, what, **options):
+        return FakeDNS(self.GOOD, {('m.test', '*'): what}, **options)
+
+    def test_answers(self):
+        records = dict(self.GOOD)
+        records.update({
+            ('v6.test', 'AAAA'): ['2001:db8::1'],
+            ('null.test', 'MX'): [(0, '.')],
+            ('alias.test', 'CNAME'): ['m.test'],
+            ('loop.test', 'CNAME'): ['loop.test'],
+            ('dangling.test', 'CNAME'): ['nowhere.test']})
+        for i in range(11):
+            records['link%d.test' % i, 'CNAME'] = ['link%d.test' % (i + 1)]
+        records['link11.test', 'A'] = ['192.0.2.11']
+        with FakeDNS(records) as server:
+            resolver = self.resolver(server)
+            for name, kind, want in (
+                    ('m.test', 'A', ('ok', [b'192.0.2.1'])),
+                    ('m.test', 'AAAA', ('ok', [])),
+                    ('m.test', 'MX', ('ok', [(10, dns_name('mx.test'))])),
+                    ('v6.test', 'AAAA', ('ok', [b'2001:db8::1'])),
+                    ('null.test', 'MX', ('ok', [(0, b'\0')])),
+                    ('nowhere.test', 'A', ('none', [])),
+                    ('alias.test', 'A', ('ok', [b'192.0.2.1'])),
+                    ('alias.test', 'AAAA', ('ok', [])),
+                    ('dangling.test', 'A', ('none', [])),
+                    ('link1.test', 'A', ('ok', [b'192.0.2.11'])),
+                    ('link0.test', 'A', ('soft', [])),
+                    ('loop.test', 'A', ('soft', []))):
+                with self.subTest('%s %s' % (name, kind)):
+                    self.check(want, self.ask, resolver, dns_name(name),
+                               DNS_TYPES[kind])
+            self.assertIsNone(server.error)
+
+    def test_codes(self):
+        """Only NOERROR and NXDOMAIN are answers."""
+        for rcode in 1, 2, 4, 5, 15:
+            with self.subTest(rcode), FakeDNS(self.GOOD) as good, \
+                    self.overridden({'rcode': rcode}) as bad:
+                self.expect_good(bad, good)
+                self.assertTrue(bad.queries)
+                self.expect_soft(bad)
+        with FakeDNS() as ignorant, FakeDNS(self.GOOD) as good:
+            self.check(('none', []), self.ask,
+                       self.resolver(ignorant, good))
+            self.assertEqual([], good.queries)
+
+    def test_formerr_to_edns(self):
+        """A server that does not know EDNS is asked plainly."""
+        seen = []
+
+        def old(query, question, via):
+            seen.append(question.edns)
+            if question.edns:
+                return [dns_message(question._replace(edns=False),
+                                    flags=0x8181)]
+            return [server.ordinary(question)]
+        with self.overridden(old) as server:
+            self.expect_good(server)
+        self.assertEqual([True, False], seen)
+
+    def test_silence(self):
+        with self.overridden({'silent': True}) as silent, \
+                FakeDNS(self.GOOD) as good:
+            start = time.monotonic()
+            self.expect_good(silent, good, timeout=0.2)
+            resolver = self.resolver(silent, timeout=0.1, attempts=2)
+            self.check(('soft', []), self.ask, resolver)
+            self.assertEqual(3, len(silent.queries))
+            self.assertLess(time.monotonic() - start, 2)
+
+    def test_the_server_that_answered_is_asked_first(self):
+        with self.overridden({'rcode': 2}) as bad, \
+                FakeDNS(self.GOOD) as good:
+            resolver = self.resolver(bad, good)
+            for _ in range(3):
+                self.check(('ok', [b'192.0.2.1']), self.ask, resolver)
+            self.assertEqual((1, 3), (len(bad.queries), len(good.queries)))
+
+    def test_nobody_there(self):
+        """An ICMP refusal is an answer from the host, not a reason to
+        wait."""
+        start = time.monotonic()
+        with FakeDNS(self.GOOD) as good:
+            self.expect_good(self.closed_port(), good)
+        self.expect_soft(self.closed_port(), self.closed_port(), attempts=2)
+        self.assertLess(time.monotonic() - start, 5)
+
+    def test_lame(self):
+        def referral(query, question, via):
+            return [dns_message(question, flags=0x8100, authority=[
+                dns_record('test', 'NS', 'ns.test')])]
+        with self.overridden(referral) as lame, FakeDNS(self.GOOD) as good:
+            self.expect_good(lame, good)
+            self.expect_soft(lame)
+
+    def test_datagrams_that_are_ignored(self):
+        """All of them come before the answer, at once."""
+        def noise(query, question, via):
+            right = server.ordinary(question)
+            wrong = dns_record('m.test', 'A', '192.0.2.66')
+            stranger = question._replace(name='n.test')
+            return [b'', right[:12], right[:-20][:11],
+                    dns_message(question, [wrong], id_=question.id ^ 1),
+                    dns_message(question, [wrong], flags=0x0180),
+                    dns_message(stranger, [wrong]),
+                    dns_message(question._replace(type='MX'), [wrong]),
+                    right]
+        with self.overridden(noise) as server:
+            self.expect_good(server)
+            self.assertEqual(1, len(server.queries))
+
+    def test_malformed(self):
+        def broken(query, question, via):
+            return [server.ordinary(question)[:-13]]
+        with self.overridden(broken) as server, FakeDNS(self.GOOD) as good:
+            self.expect_good(server, good)
+            self.expect_soft(server)
+
+    def test_truncation(self):
+        with self.overridden({'truncate': True}) as server:
+            self.expect_good(server)
+            self.assertEqual([('m.test', 'A', 'udp'), ('m.test', 'A', 'tcp')],
+                             server.queries)
+
+        def partial(query, question, via):
+            wrong = dns_record('m.test', 'A', '192.0.2.66')
+            return [server.ordinary(question) if via == 'tcp' else
+                    dns_message(question, [wrong], flags=0x8380)]
+        with self.overridden(partial) as server:
+            self.expect_good(server)
+        with FakeDNS(self.GOOD) as server:
+            self.expect_good(server, options=b'options use-vc')
+            self.assertEqual([('m.test', 'A', 'tcp')], server.queries)
+
+    def test_tcp_trouble(self):
+        """In each case: the next server; if there is none, soft."""
+        def script(*replies):
+            def play(query, question, via):
+                if via == 'tcp':
+                    return list(replies)
+                return [dns_message(question, flags=0x8380)]
+            return play
+
+        def truncated(query, question, via):
+            return [dns_message(question, flags=0x8380)]
+
+        def wrong_id(query, question, via):
+            return [dns_message(
+                question, flags=0x8380 if via == 'udp' else 0x8180,
+                id_=question.id ^ (via == 'tcp'))]
+        for title, what in (
+                ('closed at once', script(None)),
+                ('closed in the length', script(Unframed(b'\0'), None)),
+                ('closed after the length', script(
+                    Unframed(b'\0\x20'), None)),
+                ('closed half-way', script(
+                    Unframed(b'\0\x20' + bytes(9)), None)),
+                ('length 0', script(b'')),
+                ('garbage', script(bytes(99))),
+                ('truncated again', truncated), ('wrong id', wrong_id)):
+            with self.subTest(title), FakeDNS(self.GOOD) as good, \
+                    self.overridden(what) as bad:
+                self.expect_good(bad, good)
+                self.expect_soft(bad)
+        with FakeDNS(self.GOOD) as good, \
+                self.overridden({'truncate': True}, tcp=False) as refusing:
+            self.expect_good(refusing, good)
+            self.expect_soft(refusing)
+
+    def test_dripping(self):
+        """One deadline for a question, however much comes in."""
+        def drip(query, question, via):
+            if via == 'udp':
+                return [dns_message(question, flags=0x8380)]
+            return drops()
+
+        def drops():
+            yield Unframed(b'\x7f\xff')
+            for _ in range(100):
+                time.sleep(0.02)
+                yield Unframed(b'x')
+        with self.overridden(drip) as server, FakeDNS(self.GOOD) as good:
+            start = time.monotonic()
+            self.expect_good(server, good, timeout=0.2)
+            self.assertLess(time.monotonic() - start, 1.5)
+
+    def test_side_by_side(self):
+        """20 questions, each answered 100 ms late, take about 100 ms."""
+        names = ['m%d.test' % i for i in range(20)]
+        with FakeDNS({(name, 'A'): ['192.0.2.%d' % i]
+                      for i, name in enumerate(names)},
+                     {(name, '*'): {'delay': 0.1} for name in names}
+                     ) as server:
+            resolver = self.resolver(server)
+            start = time.monotonic()
+            lookups = resolver.ask([(dns_name(name), 1) for name in names])
+            took = time.monotonic() - start
+        self.assertEqual([[b'192.0.2.%d' % i] for i in range(20)],
+                         [lookup.values for lookup in lookups])
+        self.assertGreater(took, 0.05)
+        self.assertLess(took, 0.9)
+
+    def test_ids_differ(self):
+        seen = []
+
+        def note(query, question, via):
+            seen.append(question.id)
+            return [server.ordinary(question)]
+        with self.overridden(note) as server:
+            resolver = self.resolver(server)
+            resolver.ask([(self.NAME, 1)] * 50)
+        self.assertGreater(len(set(seen)), 40)
+        self.assertGreater(max(seen) - min(seen), 1000)
+
+    def test_a_chain_in_pieces(self):
+        """A server that gives one CNAME at a time is asked on."""
+        def piece(query, question, via):
+            links = server.records.get((question.name.lower(), 'CNAME'))
+            if not links:
+                return [server.ordinary(question)]
+            return [dns_message(question, [
+                dns_record(question.name, 'CNAME', links[0])])]
+        names = ['c%d.test' % i for i in range(12)]
+        records = {(name, 'CNAME'): [target]
+                   for name, target in zip(names, names[1:])}
+        records[names[11], 'A'] = ['192.0.2.1']
+        with FakeDNS(records, {(name, '*'): piece for name in names}
+                     ) as server:
+            resolver = self.resolver(server)
+            for first, want in ((1, ('ok', [b'192.0.2.1'])),    # ten links
+                                (0, ('soft', []))):             # eleven
+                self.check(want, self.ask, resolver,
+                           dns_name(names[first]))
+
+        def endless(query, question, via):
+            asked.append(question.name)
+            return [dns_message(question, [dns_record(
+                question.name, 'CNAME', 'x%d.test' % len(asked))])]
+        asked = []
+        with FakeDNS(overrides={('x%d.test' % i, '*'): endless
+                                for i in range(50)}) as server:
+            self.check(('soft', []), self.ask, self.resolver(server),
+                       dns_name('x0.test'))
+        self.assertLess(len(asked), 15)
+
+    @unittest.skipUnless(HAS_IPV6, 'no IPv6')
+    def test_ipv6(self):
+        with FakeDNS(self.GOOD, host='::1') as server:
+            self.expect_good(server)
+            self.expect_good(server, options=b'options use-vc')
+
+    @unittest.skipIf(sys.implementation.name == 'pypy',
+                     'os.urandom() takes a descriptor there')
+    def test_few_descriptors(self):
+        """Questions wait for each other's sockets."""
+        try:
+            import resource
+        except ImportError:
+            self.skipTest('no resource limits')
+        names = ['m%d.test' % i for i in range(40)]
+        with FakeDNS({(name, 'A'): ['192.0.2.1'] for name in names}
+                     ) as server:
+            resolver = self.resolver(server)
+            lowest = os.dup(0)
+            os.close(lowest)
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE,
+                               (lowest + 4, limits[1]))
+            try:
+                lookups = resolver.ask([(dns_name(name), 1)
+                                        for name in names])
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        self.assertEqual([[b'192.0.2.1']] * 40,
+                         [lookup.values for lookup in lookups])
+
+    def test_wait(self):
+        """Nothing is waited for at the deadline, not even what is ready."""
+        left, right = socket.socketpair()
+        with left, right:
+            right.send(b'x')
+            now = time.monotonic()
+            self.check(([left], []), qr.wait, [left], [], now + 5)
+            self.check(([left], [right]), qr.wait, [left], [right], now + 5)
+            self.check(qr.TimedOut, qr.wait, [left], [right], now)
+            self.check(qr.TimedOut, qr.wait, [right], [], now + 0.01)
+
+
+# Where to
+
+SOFT, MORE = 'soft', 'more'
+
+
+class Zone:
+    """A resolver that answers from {'name TYPE': values}; a value of SOFT
+    fails for now.  A name without an entry does not exist."""
+
+    def __init__(self, records):
+        self.records, self.asked = {}, []
+        for key, values in records.items():
+            name, kind = key.split(' ')
+            if kind == 'MX' and values != SOFT:
+                values = [(preference, dns_name(target))
+                          for preference, target in values]
+            elif values != SOFT:
+                values = [value.encode() for value in values]
+            self.records[dns_name(name), DNS_TYPES[kind]] = values
+
+    def ask(self, questions):
+        self.asked.append(list(questions))
+        return [self.one(*question) for question in questions]
+
+    def one(self, name, kind):
+        values = self.records.get((name, kind))
+        if values == SOFT:
+            return value_of(qr.Lookup, status=qr.Lookup.SOFT, values=[])
+        if values is None and name not in {n for n, _ in self.records}:
+            return value_of(qr.Lookup, status=qr.Lookup.NONE, values=[])
+        return value_of(qr.Lookup, status=qr.Lookup.OK, values=values or [])
+
+
+class WhereTo(Tables):
+
+    OWN = '192.0.2.99'
+
+    def own(self, address):
+        return address == self.OWN.encode()
+
+    def find(self, host, records, route=None, own=None):
+        """The addresses in order, as words; "more" last if there may be
+        others: unknown for now, or too many."""
+        zone = records if isinstance(records, Zone) else Zone(records)
+        servers, more = qr.find_servers(
+            host, route or qr.Route(None, None, None), zone, own or self.own)
+        return ' '.join([server.address.decode() for server in servers] +
+                        [MORE] * more)
+
+    def test_exchangers(self):
+        hosts = {'a A': ['192.0.2.1'], 'b A': ['192.0.2.2'],
+                 'c A': ['192.0.2.3'], 'six AAAA': ['2001:db8::6'],
+                 'both A': ['192.0.2.4'], 'both AAAA': ['2001:db8::4'],
+                 'empty TXT': [], 'later A': SOFT, 'later AAAA': SOFT,
+                 'half A': SOFT, 'half AAAA': ['2001:db8::5'],
+                 'half2 A': ['192.0.2.5'], 'half2 AAAA': SOFT,
+                 'vain A': SOFT, 'vain AAAA': []}
+        here = {'h A': ['192.0.2.10'], 'h AAAA': ['2001:db8::10']}
+        for title, exchangers, want in (
+                ('by preference', [(20, 'a'), (10, 'b'), (30, 'c')],
+                 '192.0.2.2 192.0.2.1 192.0.2.3'),
+                ('0 and 65535', [(65535, 'a'), (0, 'b')],
+                 '192.0.2.2 192.0.2.1'),
+                ('numbers, not words', [(100, 'a'), (9, 'b')],
+                 '192.0.2.2 192.0.2.1'),
+                ('the same twice', [(10, 'a'), (10, 'a')], '192.0.2.1'),
+                ('the same at two preferences',
+                 [(30, 'a'), (10, 'a'), (20, 'b')], '192.0.2.1 192.0.2.2'),
+                ('IPv4 before IPv6 of one exchanger',
+                 [(10, 'both'), (20, 'a')],
+                 '192.0.2.4 2001:db8::4 192.0.2.1'),
+                ('preference before IPv4', [(10, 'six'), (20, 'a')],
+                 '2001:db8::6 192.0.2.1'),
+                ('IPv6 only', [(10, 'six')], '2001:db8::6'),
+                ('null MX', [(0, '.')], qr.NULL_MX % b'h'),
+                ('null MX, whatever the preference', [(10, '.')],
+                 qr.NULL_MX % b'h'),
+                ('. among others is skipped', [(0, '.'), (10, 'a')],
+                 '192.0.2.1'),
+                ('a literal as target', [(10, '192.0.2.7')], '192.0.2.7'),
+                ('no literal', [(10, '192.0.2.256'), (20, 'a')],
+                 '192.0.2.1'),
+                ('one does not exist', [(10, 'nowhere'), (20, 'a')],
+                 '192.0.2.1'),
+                ('one has no address', [(10, 'empty'), (20, 'a')],
+                 '192.0.2.1'),
+                ('its one target does not exist', [(10, 'nowhere')],
+                 qr.NO_ADDRESS),
+                ('its one target has no address', [(10, 'empty')],
+                 qr.NO_ADDRESS),
+                ('no target exists', [(10, 'nowhere'), (20, 'gone')],
+                 qr.NO_ADDRESS),
+                ('one is soft', [(10, 'later'), (20, 'a')],
+                 '192.0.2.1 more'),
+                ('the worst is soft', [(10, 'a'), (20, 'later')],
+                 '192.0.2.1 more'),
+                ('all are soft', [(10, 'later')], qr.DNS_SOFT),
+                ('soft and nowhere', [(10, 'later'), (20, 'nowhere')],
+                 qr.DNS_SOFT),
+                ('soft A, no AAAA', [(10, 'vain')], qr.DNS_SOFT),
+                ('soft A and no AAAA, and another', [(10, 'vain'), (5, 'a')],
+                 '192.0.2.1 more'),
+                ('an address 224.0.0.1 is tried like others',
+                 [(10, '224.0.0.1')], '224.0.0.1')):
+            with self.subTest(title):
+                self.check(want, self.find, b'h', dict(
+                    hosts, **dict(here, **{'h MX': exchangers})))
+        # Half an exchanger: use what is known, but the other half may be
+        # friendlier, so that a refusal is not for good.
+        for name, want in (('half', '2001:db8::5 more'),
+                           ('half2', '192.0.2.5 more')):
+            self.check(want, self.find, b'h', dict(
+                hosts, **{'h MX': [(10, name)]}))
+
+    def test_hosts_without_exchangers(self):
+        for title, records, want in (
+                ('its own addresses', {'h A': ['192.0.2.1'],
+                                       'h AAAA': ['2001:db8::1']},
+                 '192.0.2.1 2001:db8::1'),
+                ('IPv6 only', {'h AAAA': ['2001:db8::1']}, '2001:db8::1'),
+                ('no address', {'h TXT': []}, qr.NO_ADDRESS),
+                ('no such name', {}, qr.DNS_HARD % b'h'),
+                ('MX soft: no way around it',
+                 {'h MX': SOFT, 'h A': ['192.0.2.1']}, qr.DNS_SOFT),
+                ('A soft', {'h A': SOFT}, qr.DNS_SOFT),
+                ('AAAA soft', {'h AAAA': SOFT}, qr.DNS_SOFT),
+                ('both soft', {'h A': SOFT, 'h AAAA': SOFT}, qr.DNS_SOFT)):
+            with self.subTest(title):
+                self.check(want, self.find, b'h', records)
+
+    def test_hosts_that_are_no_names(self):
+        """No question is asked for them."""
+        for host, shown in (
+                (b'', b''), (b'.', b'.'), (b'a..b', b'a..b'),
+                (b'a b', b'a?b'), (b'[300.1.1.1]', b'[300.1.1.1]'),
+                (b'[1.2.3]', b'[1.2.3]'), (b'[::1', b'[::1'),
+                (b'[4294967297.1.1.1]', b'[4294967297.1.1.1]'),
+                (b'x' * 64, b'x' * 64), (b'a\r\nb', b'a??b'),
+                (b'\xff', b'?')):
+            zone = Zone({})
+            self.check(qr.DNS_HARD % shown, self.find, host, zone)
+            self.assertEqual([], zone.asked)
+        self.check(qr.DNS_HARD % b'1.2.3.4.', self.find, b'1.2.3.4.', {})
+        self.check('192.0.2.1', self.find, b'UPPER.case.',
+                   {'upper.case A': ['192.0.2.1']})
+
+    def test_literals(self):
+        for host, want in (
+                (b'192.0.2.1', '192.0.2.1'), (b'[192.0.2.1]', '192.0.2.1'),
+                (b'[2001:db8::1]', '2001:db8::1'),
+                (b'[IPv6:2001:DB8::1]', '2001:db8::1'),
+                (b'[192.0.2.99]', qr.OWN_ADDRESS)):
+            zone = Zone({})
+            self.check(want, self.find, host, zone)
+            self.assertEqual([], zone.asked)
+
+    def test_own_addresses(self):
+        """Only what is strictly better than the best own address."""
+        hosts = {'me A': [self.OWN], 'a A': ['192.0.2.1'],
+                 'b A': ['192.0.2.2'], 'mixed A': ['192.0.2.3', self.OWN],
+                 'me6 A': ['192.0.2.4'], 'me6 AAAA': ['2001:db8::99'],
+                 'later A': SOFT, 'later AAAA': SOFT}
+
+        def own(address):
+            return address in (self.OWN.encode(), b'2001:db8::99')
+        for title, exchangers, want in (
+                ('the only one', [(10, 'me')], qr.OWN_ADDRESS),
+                ('the best', [(10, 'me'), (20, 'a')], qr.OWN_ADDRESS),
+                ('among the best', [(10, 'me'), (10, 'a')], qr.OWN_ADDRESS),
+                ('second', [(20, 'me'), (10, 'a'), (30, 'b')], '192.0.2.1'),
+                ('last', [(30, 'me'), (10, 'a'), (20, 'b')],
+                 '192.0.2.1 192.0.2.2'),
+                ('one address of several', [(10, 'mixed'), (20, 'a')],
+                 qr.OWN_ADDRESS),
+                ('its IPv6 address', [(10, 'me6'), (20, 'a')],
+                 qr.OWN_ADDRESS),
+                ('twice', [(10, 'a'), (20, 'me'), (30, 'me'), (40, 'b')],
+                 '192.0.2.1'),
+                ('as a literal target', [(10, self.OWN), (20, 'a')],
+                 qr.OWN_ADDRESS),
+                ('a better one is soft', [(10, 'later'), (20, 'me')],
+                 qr.DNS_SOFT),
+                ('a better one is soft, another is not',
+                 [(10, 'later'), (15, 'a'), (20, 'me')], '192.0.2.1 more'),
+                ('an equal one is soft', [(20, 'later'), (20, 'me')],
+                 qr.OWN_ADDRESS),
+                ('a worse one is soft', [(30, 'later'), (20, 'me')],
+                 qr.OWN_ADDRESS),
+                ('a worse one is soft, a better one is not',
+                 [(10, 'a'), (20, 'me'), (30, 'later')], '192.0.2.1')):
+            with self.subTest(title):
+                self.check(want, self.find, b'h',
+                           dict(hosts, **{'h MX': exchangers}), None, own)
+        self.check(qr.OWN_ADDRESS, self.find, b'me', hosts)
+        self.check(qr.OWN_ADDRESS, self.find, b'h',
+                   {'h A': [self.OWN], 'h AAAA': ['2001:db8::1']})
+
+    def test_relays(self):
+        """Addresses only, no exchangers, no own-address rule, and no D."""
+        records = {'r A': ['192.0.2.1'], 'r AAAA': ['2001:db8::1'],
+                   'r MX': [(1, 'x')], 'x A': ['192.0.2.66'],
+                   'me A': [self.OWN], 'empty TXT': [], 'later A': SOFT}
+        for relay, want in (
+                (b'r', '192.0.2.1 2001:db8::1'), (b'me', self.OWN),
+                (b'192.0.2.5', '192.0.2.5'), (b'[::1]', '::1'),
+                (b'192.0.2.99', self.OWN),
+                (b'nowhere', qr.RELAY_HARD % b'nowhere'),
+                (b'empty', qr.RELAY_HARD % b'empty'),
+                (b'later', qr.DNS_SOFT)):
+            zone = Zone(records)
+            self.check(want, self.find, b'h', zone,
+                       qr.Route(relay, None, None))
+            for questions in zone.asked:
+                self.assertNotIn(qr.MX, [kind for _, kind in questions])
+
+    def test_ports(self):
+        def port(route):
+            servers, _ = qr.find_servers(
+                b'h', route, Zone({'h A': ['192.0.2.1']}), self.own)
+            return servers[0].port
+        self.check(25, port, qr.Route(None, None, None))
+        self.check(26, port, qr.Route(None, 26, None))
+        self.check(26, port, qr.Route(b'h', 26, None))
+
+    def test_names(self):
+        """Each Server knows whose address it is."""
+        zone = Zone({'h MX': [(10, 'a.example')],
+                     'a.example A': ['192.0.2.1']})
+        servers, _ = qr.find_servers(b'h', qr.Route(None, None, None), zone,
+                                     self.own)
+        self.assertEqual(dns_name('a.example'), servers[0].name)
+        servers, _ = qr.find_servers(b'[::1]', qr.Route(None, None, None),
+                                     zone, lambda address: False)
+        self.assertIsNone(servers[0].name)
+
+    def test_ties(self):
+        """Equal preferences in random order, others never."""
+        zone = Zone({'h MX': [(10, 'a'), (10, 'b'), (20, 'c')],
+                     'a A': ['192.0.2.1'], 'b A': ['192.0.2.2'],
+                     'c A': ['192.0.2.3']})
+        self.assertEqual(
+            {'192.0.2.1 192.0.2.2 192.0.2.3',
+             '192.0.2.2 192.0.2.1 192.0.2.3'},
+            {self.find(b'h', zone) for _ in range(200)})
+        self.assertEqual({(1, 2), (2, 1)}, {
+            tuple(qr.shuffled([1, 2])) for _ in range(200)})
+
+    def test_many(self):
+        """120 exchangers: two rounds of questions, the best 20 addresses."""
+        records = {'h MX': [(i * 546, 'm%d' % i) for i in range(120, 0, -1)]}
+        for i in range(1, 121):
+            records['m%d A' % i] = ['198.51.100.%d' % i]
+            records['m%d AAAA' % i] = ['2001:db8::%x' % i]
+        zone = Zone(records)
+        best = [records['m%d %s' % (i, kind)][0] for i in range(1, 11)
+                for kind in ('A', 'AAAA')]
+        self.check(' '.join(best + [MORE]), self.find, b'h', zone)
+        self.assertEqual([1, 240], [len(batch) for batch in zone.asked])
+
+    def test_twenty(self):
+        """No more are tried, and then a refusal is not the last word."""
+        for number, want in ((19, 19), (20, 20), (21, 21), (500, 21)):
+            self.check(want, lambda number: len(self.find(b'h', {
+                'h A': ['10.0.%d.%d' % divmod(i, 256)
+                        for i in range(number)]}).split()), number)
+        self.check('192.0.2.1', self.find, b'h', {
+            'h MX': [(i, 'm%d' % i) for i in range(100)],
+            'm0 A': ['192.0.2.1'] * 30})
+
+    def test_very_many_addresses(self):
+        """A foreign name server can name thousands; that must not cost
+        more than looking at each of them once."""
+        records = {'h MX': [(i, 'm%d' % i) for i in range(10)]}
+        for i in range(10):
+            records['m%d A' % i] = [
+                '10.%d.%d.%d' % (i, j >> 8, j & 255) for j in range(800)]
+        start = time.process_time()
+        self.assertEqual(21, len(self.find(b'h', records).split()))
+        self.assertLess(time.process_time() - start, 0.5)
+
+    def test_literal_target(self):
+        for name, want in (
+                ('192.0.2.1', b'192.0.2.1'),
+                ('255.255.255.255', b'255.255.255.255'),
+                ('0.0.0.0', b'0.0.0.0'), ('192.0.2.256', None),
+                ('192.0.2', None), ('192.0.2.1.5', None), ('1a.2.3.4', None),
+                ('a.example', None), ('4.in-addr.arpa', None), ('1', None)):
+            self.check(want, lambda name: qr.literal_target(dns_name(name)),
+                       name)
+        self.check(None, qr.literal_target, b'\x031.2\x013\x014\x015\0')
+        self.check(None, qr.literal_target, b'\0')
+
+    def test_own_address(self):
+        own = qr.OwnAddresses(
+            qr.parse_networks(b'192.0.2.1\n192.0.2.3\n198.51.100.0/24\n'),
+            qr.parse_networks(b'192.0.2.2\n192.0.2.3\n127.0.0.9\n'
+                              b'198.51.100.128/25\n'),
+            lambda address: address in (b'192.0.2.2', b'192.0.2.4'))
+        for address, want in (
+                (b'192.0.2.1', True),       # moreipme
+                (b'192.0.2.2', False),      # notipme
+                (b'192.0.2.3', False),      # both
+                (b'192.0.2.4', True),       # the system
+                (b'192.0.2.5', False),
+                (b'198.51.100.1', True), (b'198.51.100.129', False),
+                (b'0.0.0.0', True), (b'0.1.2.3', True), (b'::', True),
+                (b'127.0.0.1', True), (b'127.0.0.2', True),
+                (b'127.255.255.255', True), (b'127.0.0.9', False),
+                (b'::1', True), (b'::2', False), (b'128.0.0.1', False),
+                (b'10.0.0.1', False), (b'1270::1', False)):
+            self.check(want, own, address)
+
+    def test_is_local(self):
+        for address, want in (
+                (b'127.0.0.1', True), (b'192.0.2.1', False),
+                (b'224.0.0.1', False), (b'239.255.255.255', False),
+                (b'255.255.255.255', False)):
+            self.check(want, qr.is_local, address)
+        for address, want in (
+                (b'::1', HAS_IPV6), (b'2001:db8::1', False),
+                (b'ff02::1', False)):
+            self.check(want, qr.is_local, address)
+
+
+class TimedOutServers(Tables):
+    """queue/lock/tcpto, by the rules of tcpto.c: records here are
+    (address, count, time) with marks in all bytes that must stay."""
+
+    NOW = 1000000000
+    HERE, THERE = b'192.0.2.1', b'192.0.2.2'
+
+    def setUp(self):
+        handle, self.path = tempfile.mkstemp(prefix='tcpto-')
+        os.close(handle)
+        self.addCleanup(lambda path: os.path.exists(path) and
+                        os.unlink(path), self.path)
+        self.clock = VirtualClock(self.NOW)
+
+    def write(self, *records, size=1024):
+        table = b''.join(
+            socket.inet_aton(address.decode()) + bytes([count]) + b'abc' +
+            struct.pack('<L', when & 0xffffffff) + b'wxyz'
+            for address, count, when in records)
+        with open(self.path, 'wb') as f:
+            f.write((table + bytes(size))[:size])
+
+    def bytes_of_file(self):
+        with open(self.path, 'rb') as f:
+            return f.read()
+
+    def records(self):
+        """The records that are not all zeros."""
+        table = self.bytes_of_file()
+        return [(socket.inet_ntoa(table[at:at + 4]).encode(), table[at + 4],
+                 struct.unpack('<L', table[at + 8:at + 12])[0])
+                for at in range(0, len(table) - 15, 16)
+                if table[at:at + 16] != bytes(16)]
+
+    def tcpto(self, pid=0):
+        return qr.TcpTo(self.path, self.clock, pid)
+
+    def test_skip(self):
+        """While count >= 2 and age < (60 + (pid & 31)) * 64 seconds."""
+        for count, age, pid, want in (
+                (0, 1, 0, False), (1, 1, 0, False), (2, 0, 0, True),
+                (2, 3839, 0, True), (2, 3840, 0, False),
+                (10, 3839, 0, True), (10, 3840, 0, False),
+                (2, 5823, 31, True), (2, 5824, 31, False),
+                (2, 3839, 32, True), (2, 3840, 32, False),
+                (2, 4000, 3 + 64, True),
+                (255, 1, 0, True),
+                (2, -3600, 0, False)):      # the clock was set back
+            with self.subTest((count, age, pid)):
+                self.write((self.THERE, 0, 0),
+                           (self.HERE, count, self.NOW - age))
+                before = self.bytes_of_file()
+                self.check(want, self.tcpto(pid).skip, self.HERE)
+                self.check(False, self.tcpto(pid).skip, b'192.0.2.3')
+                self.assertEqual(before, self.bytes_of_file())
+
+    def test_timed_out(self):
+        now = self.NOW
+        for title, before, after in (
+                ('a first time', [], [(self.HERE, 1, now)]),
+                ('next to another', [(self.THERE, 2, now - 5)],
+                 [(self.THERE, 2, now - 5), (self.HERE, 1, now)]),
+                ('in the first place with count 0',
+                 [(self.THERE, 0, now), (b'192.0.2.3', 1, now)],
+                 [(self.HERE, 1, now), (b'192.0.2.3', 1, now)]),
+                ('its own place, not the first free one',
+                 [(self.THERE, 0, 5), (self.HERE, 0, 5)],
+                 [(self.THERE, 0, 5), (self.HERE, 1, now)]),
+                ('again in the same second', [(self.HERE, 1, now)],
+                 [(self.HERE, 1, now)]),
+                ('again after 119 seconds', [(self.HERE, 1, now - 119)],
+                 [(self.HERE, 1, now - 119)]),
+                ('again after 120 seconds', [(self.HERE, 1, now - 120)],
+                 [(self.HERE, 2, now)]),
+                ('at once, but with count 0', [(self.HERE, 0, now - 1)],
+                 [(self.HERE, 1, now)]),
+                ('for the tenth time', [(self.HERE, 9, now - 999)],
+                 [(self.HERE, 10, now)]),
+                ('for the eleventh time', [(self.HERE, 10, now - 999)],
+                 [(self.HERE, 10, now)]),
+                ('a count that nobody wrote', [(self.HERE, 255, now - 999)],
+                 [(self.HERE, 10, now)]),
+                ('the clock was set back', [(self.HERE, 3, now + 3600)],
+                 [(self.HERE, 4, now)])):
+            with self.subTest(title):
+                self.write(*before)
+                self.tcpto().timed_out(self.HERE)
+                self.assertEqual(after, self.records())
+
+    def test_full(self):
+        """A newcomer takes the place with the least time + count * 1024."""
+        others = [(b'198.51.100.%d' % i, 1, self.NOW) for i in range(64)]
+        for title, stale in (
+                ('the oldest', {40: (1, self.NOW - 100)}),
+                ('not the oldest, but the rarest',
+                 {39: (3, self.NOW - 2000), 40: (1, self.NOW - 1)}),
+                ('not the rarest, but the oldest',
+                 {39: (2, self.NOW), 40: (3, self.NOW - 3000)}),
+                ('the first of equals',
+                 {40: (1, self.NOW - 7), 41: (1, self.NOW - 7)})):
+            with self.subTest(title):
+                records = list(others)
+                for place, (count, when) in stale.items():
+                    records[place] = (records[place][0], count, when)
+                self.write(*records)
+                self.tcpto().timed_out(self.HERE)
+                records[40] = (self.HERE, 1, self.NOW)
+                self.assertEqual(records, self.records())
+
+    def test_answered(self):
+        for title, before, after in (
+                ('not listed', [(self.THERE, 2, 5)], [(self.THERE, 2, 5)]),
+                ('listed', [(self.THERE, 2, 5), (self.HERE, 3, 6)],
+                 [(self.THERE, 2, 5), (self.HERE, 0, 6)]),
+                ('listed with count 0', [(self.HERE, 0, 6)],
+                 [(self.HERE, 0, 6)])):
+            with self.subTest(title):
+                self.write(*before)
+                tcpto = self.tcpto()
+                tcpto.skip(self.HERE)
+                tcpto.answered(self.HERE)
+                self.assertEqual(after, self.records())
+
+    def test_bytes_that_stay(self):
+        self.write((self.THERE, 2, 5), (self.HERE, 2, 5))
+        for act in ('timed_out', 'answered'):
+            tcpto, before = self.tcpto(), self.bytes_of_file()
+            tcpto.skip(self.HERE)
+            getattr(tcpto, act)(self.HERE)
+            after = self.bytes_of_file()
+            self.assertNotEqual(before, after)
+            changed = [at for at in range(1024) if before[at] != after[at]]
+            self.assertTrue(set(changed) <= {20, 24, 25, 26, 27}, changed)
+        self.tcpto().timed_out(b'192.0.2.3')
+        self.tcpto().timed_out(b'192.0.2.4')
+        self.assertEqual(b'abc', self.bytes_of_file()[21:24])
+        self.assertEqual(b'wxyz', self.bytes_of_file()[28:32])
+
+    def use(self, address=HERE):
+        """Everything once; whether the address was to be skipped."""
+        tcpto = self.tcpto()
+        skipped = tcpto.skip(address)
+        tcpto.timed_out(address)
+        tcpto.answered(address)
+        return skipped
+
+    def test_other_sizes(self):
+        """The file keeps its size, whatever that is."""
+        for size in 0, 1, 15, 16, 17, 1000, 1008, 1024, 1040, 5000:
+            with self.subTest(size):
+                records = [(b'198.51.100.%d' % i, 2, self.NOW - i)
+                           for i in range(64)]
+                self.write(*records, size=size)
+                before = self.bytes_of_file()
+                self.check(False, self.use, self.HERE)
+                after = self.bytes_of_file()
+                self.assertEqual(size, len(after))
+                self.assertEqual(size >= 16, before != after)
+                self.assertEqual(before[1024:], after[1024:])
+                whole = min(size, 1024) // 16 * 16
+                self.assertEqual(before[whole:], after[whole:])
+
+    def test_do_without(self):
+        self.write((self.HERE, 5, self.NOW))
+        self.check(True, self.tcpto().skip, self.HERE)
+        with open(self.path, 'rb') as other:            # another process'
+            fcntl.flock(other, fcntl.LOCK_EX)
+            before = self.bytes_of_file()
+            self.check(False, self.use, self.HERE)
+            self.assertEqual(before, self.bytes_of_file())
+        self.check(True, self.tcpto().skip, self.HERE)
+        self.check(False, self.use, b'2001:db8::1')     # IPv4 only
+        self.assertEqual(before, self.bytes_of_file())
+        os.unlink(self.path)
+        self.check(False, self.use, self.HERE)
+        self.assertFalse(os.path.exists(self.path))
+        os.mkfifo(self.path)
+        self.check(False, self.use, self.HERE)
+        os.unlink(self.path)
+        self.path = tempfile.gettempdir()
+        self.check(False, self.use, self.HERE)
+
+    @unittest.skipIf(os.getuid() == 0, 'root can write everything')
+    def test_read_only(self):
+        self.write((self.HERE, 5, self.NOW))
+        os.chmod(self.path, 0o444)
+        before = self.bytes_of_file()
+        self.use()
+        self.assertEqual(before, self.bytes_of_file())
+
+    def test_lock_is_given_back(self):
+        self.write()
+        self.use()
+        with open(self.path, 'rb') as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_2106(self):
+        """Time is 32 bits; nothing breaks when they run over."""
+        self.write((self.HERE, 2, 0xffffff00))
+        self.clock.now = (1 << 32) + 5
+        self.check(True, self.tcpto().skip, self.HERE)
+        self.clock.now += 4000
+        self.check(False, self.tcpto().skip, self.HERE)
+        self.tcpto().timed_out(self.HERE)
+        self.assertEqual([(self.HERE, 3, 4005)], self.records())
+
+
+# The line
+
+class Scripted:
+    """In place of a socket: each recv() and send() takes the next of its
+    list, bytes or a number of bytes sent, or an error to raise."""
+
+    def __init__(self, received=(), sent=()):
+        self.received, self.sent = iter(received), iter(sent)
+        self.data = b''
+
+    def recv(self, size):
+        what = next(self.received, BlockingIOError())
+        if isinstance(what, Exception):
+            raise what
+        return what
+
+    def send(self, data):
+        what = next(self.sent, len(data))
+        if isinstance(what, Exception):
+            raise what
+        self.data += bytes(data[:what])
+        return min(what, len(data))
+
+
+class LineTables(Tables):
+
+    def setUp(self):
+        self.clock = VirtualClock(step=1)
+
+    def scripted(self, received=(), sent=()):
+        """A line on which everything can happen at any time; each wait
+        takes a second."""
+        return qr.Line(Scripted(received, sent), self.clock.at_once,
+                       self.clock)
+
+    def pair(self):
+        """A line, and the peer's end of it."""
+        left, right = socket.socketpair()
+        self.addCleanup(left.close)
+        self.addCleanup(right.close)
+        left.setblocking(False)
+        left.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        right.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        return qr.Line(left, self.clock.wait, self.clock), right
+
+    def lost(self, function, *args):
+        """(note, unsent) of the Lost that must come."""
+        with self.assertRaises(qr.Lost) as caught:
+            function(*args)
+        return caught.exception.note, caught.exception.unsent
+
+    def test_send(self):
+        line, peer = self.pair()
+        self.check(True, line.send, b'QUIT\r\n', 7)
+        self.assertEqual(b'QUIT\r\n', peer.recv(99))
+        self.check(True, line.send, b'', 7)
+
+    def test_send_to_a_peer_that_does_not_read(self):
+        line, peer = self.pair()
+        note, unsent = self.lost(line.send, bytes(10000000), 7)
+        self.assertEqual((b'timed out', 1007), (note, self.clock.now))
+        peer.setblocking(False)
+        arrived = 0
+        try:
+            while True:
+                arrived += len(peer.recv(65536))
+        except BlockingIOError:
+            pass
+        self.assertEqual(10000000, arrived + unsent)
+
+    def test_send_by_drips(self):
+        """The time is for all of it, not for each byte."""
+        sent = [BlockingIOError(), 1] * 100
+        line = self.scripted(sent=sent)
+        self.assertEqual((b'timed out', 13),
+                         self.lost(line.send, b'x' * 20, 7))
+        self.assertEqual(1007, self.clock.now)
+        line = self.scripted(sent=sent)
+        self.check(True, line.send, b'1234567', 9)
+        self.assertEqual(b'1234567', line.sock.data)
+
+    def test_send_to_nobody(self):
+        line, peer = self.pair()
+        peer.close()
+        self.assertEqual((b'broken pipe', 5),
+                         self.lost(line.send, b'QUIT\n', 7))
+        self.assertEqual(
+            (b'connection reset by peer', 3), self.lost(
+                self.scripted(sent=[2, OSError(errno.ECONNRESET, '')]).send,
+                b'12345', 7))
+
+    def test_unsent_counts(self):
+        """However the loss is noticed: these bytes never left."""
+        reset = OSError(errno.ECONNRESET, '')
+        for title, stop, received, sent, unsent in (
+                ('by send', False, [], [4, reset], 6),
+                ('by send, at once', False, [], [reset], 10),
+                ('by the deadline', False, [],
+                 [4] + [BlockingIOError()] * 99, 6),
+                ('by the deadline, listening', True, [],
+                 [4] + [BlockingIOError()] * 99, 6),
+                ('by recv', True, [reset], [4, BlockingIOError()], 6)):
+            with self.subTest(title):
+                line = self.scripted(received, sent)
+                self.assertEqual(unsent, self.lost(
+                    line.send, b'0123456789', 7, stop)[1])
+
+    def test_stop_on_input(self):
+        line, peer = self.pair()
+        peer.send(b'552 enough\r\n')
+        self.check(False, line.send, bytes(10000000), 7, True)
+        self.check(552, lambda: line.reply(7).code)
+        line, peer = self.pair()
+        peer.shutdown(socket.SHUT_WR)
+        self.check(False, line.send, bytes(10000000), 7, True)
+
+    def test_reply(self):
+        line, peer = self.pair()
+        peer.send(b'250-a\r\n250 b\r\n354 go\r\n')
+        reply = line.reply(7)
+        self.assertEqual((250, b'250-a\n250 b\n'), (reply.code, reply.text))
+        self.check(True, line.heard)
+        self.check(354, lambda: line.reply(7).code)
+        self.check(False, line.heard)
+        peer.send(b'2')
+        self.check(True, line.heard)
+        peer.send(b'21 x\n')
+        self.check(221, lambda: line.reply(7).code)
+        peer.close()
+        self.check(True, line.heard)
+        self.check((b'connection closed', 0), self.lost, line.reply, 7)
+
+    def test_reply_waits_once(self):
+        """For input alone: it must not keep the processor busy."""
+        line, peer = self.pair()
+        waits = []
+
+        def wait(*args):
+            waits.append(args)
+            return self.clock.wait(*args)
+        line.wait = wait
+        self.check((b'timed out', 0), self.lost, line.reply, 7)
+        self.assertEqual([((line.sock,), (), 1007)], waits)
+
+    def test_reply_troubles(self):
+        endless = [b'250-x\r\n'] * 10000
+        slow = [x for pair in zip([BlockingIOError()] * 99, endless)
+                for x in pair]
+        for title, received, note in (
+                ('silence', [], b'timed out'),
+                ('one line each second', slow, b'timed out'),
+                ('one byte each second',
+                 [x for byte in b'220 hello'
+                  for x in (BlockingIOError(), bytes([byte]))],
+                 b'timed out'),
+                ('closed', [b''], b'connection closed'),
+                ('closed in a reply', [b'250-a\r\n', b'250 b', b''],
+                 b'connection closed'),
+                ('reset', [b'250-', OSError(errno.ECONNRESET, '')],
+                 b'connection reset by peer'),
+                ('garbage', [b'HTTP/1.1 400'], b'no SMTP reply'),
+                ('another class', [b'250-a\r\n', b'550 b\r\n'],
+                 b'no SMTP reply')):
+            with self.subTest(title):
+                self.clock.now = 1000
+                self.check((note, 0), self.lost,
+                           self.scripted(received).reply, 7)
+                self.assertLessEqual(self.clock.now, 1007)
+
+    def test_a_flood_ends_at_the_deadline(self):
+        """Even if there is always something to read, so that nothing ever
+        waits."""
+        clock = self.clock
+
+        class Flood:
+            def recv(self, size):
+                clock.now += 1
+                return b'250-x\r\n' * 1000
+        line = qr.Line(Flood(), clock.at_once, clock)
+        self.check((b'timed out', 0), self.lost, line.reply, 7)
+        self.assertLessEqual(clock.now, 1008)
+
+    def test_last_words(self):
+        for title, received, code in (
+                ('nothing', [], None), ('closed', [b''], None),
+                ('a reply', [b'552 no\r\n'], 552),
+                ('a reply, then the end', [b'552-no\r\n', b'552 no\n', b''],
+                 552),
+                ('a reply, then a reset',
+                 [b'552 no\n', OSError(errno.ECONNRESET, '')], 552),
+                ('a reset', [OSError(errno.ECONNRESET, '')], None),
+                ('half a reply', [b'552 no', b''], None),
+                ('garbage', [b'what?\r\n', b''], None),
+                ('a flood', [b'250-x\r\n' * 1000] * 1000, None)):
+            with self.subTest(title):
+                line = self.scripted(received)
+                reply = line.last_words()
+                self.assertEqual(code, reply and reply.code)
+                self.assertEqual(1000, self.clock.now)
+        self.assertIsNotNone(next(line.sock.received, None))
+
+    def test_whisper(self):
+        line, peer = self.pair()
+        line.whisper(b'QUIT\r\n')
+        self.assertEqual(b'QUIT\r\n', peer.recv(99))
+        line.whisper(bytes(10000000))
+        line.whisper(bytes(10000000))
+        peer.close()
+        line.whisper(b'QUIT\r\n')
+        self.assertEqual(1000, self.clock.now)
+        line.close()
+        self.assertEqual(-1, line.sock.fileno())
+
+    def test_connect(self):
+        for host in ['127.0.0.1'] + ['::1'] * HAS_IPV6:
+            with FakeSMTP('S: 220 hello\nQ:', host) as server:
+                line = qr.Line(qr.connect(host.encode(), server.port, 5))
+                self.assertEqual(220, line.reply(5).code)
+                line.close()
+            self.check(ConnectionRefusedError, qr.connect, host.encode(),
+                       server.port, 5)
+
+    def test_reason(self):
+        self.check(b'connection refused', qr.reason,
+                   OSError(errno.ECONNREFUSED, ''))
+        self.check(b'input/output error', qr.reason, OSError('no number'))
+
+
+# The message
+
+def slow_wire_form(data):
+    """What wire_form() must give, one byte at a time: CR LF, LF and CR are
+    line ends, and a line that starts with a dot gets another one."""
+    wire, at, start = b'', 0, True
+    while at < len(data):
+        byte = data[at:at + 1]
+        if byte in b'\r\n':
+            at += 2 if data[at:at + 2] == b'\r\n' else 1
+            wire, start = wire + b'\r\n', True
+        else:
+            wire += b'..' if start and byte == b'.' else byte
+            at, start = at + 1, False
+    return wire
+
+
+class WireForm(Tables):
+
+    def wire(self, *blocks):
+        return b''.join(qr.wire_form(blocks))
+
+    def hold(self, data, blocks):
+        """Compares and looks for what must never be on the wire."""
+        # A CR at the end waits for its LF: such a message is partial.
+        want = slow_wire_form(data[:-1] if data.endswith(b'\r') else data)
+        got = self.wire(*blocks)
+        if got != want:
+            self.fail('%r: %r instead of %r' % (blocks, got, want))
+        bare = got.replace(b'\r\n', b'')
+        if b'\r' in bare or b'\n' in bare or \
+                b'\r\n.\r\n' in b'\r\n' + got:
+            self.fail('%r: %r' % (blocks, got))
+
+    def test_examples(self):
+        for blocks, want in (
+                ((), b''), ((b'',), b''), ((b'a\n',), b'a\r\n'),
+                ((b'a\r\n',), b'a\r\n'), ((b'a\r', b'\n'), b'a\r\n'),
+                ((b'.\n',), b'..\r\n'), ((b'..\n',), b'...\r\n'),
+                ((b'a\n', b'.\n'), b'a\r\n..\r\n'),
+                ((b'a', b'.\n'), b'a.\r\n'),
+                ((b'a\r.\nX\n',), b'a\r\n..\r\nX\r\n'),
+                ((b'a\r', b'.\n'), b'a\r\n..\r\n'),
+                ((b'a\r\r\nb\n',), b'a\r\n\r\nb\r\n'),
+                ((b'\n\r.\r\n',), b'\r\n\r\n..\r\n'),
+                ((b'\0\xff\n',), b'\0\xff\r\n')):
+            self.check(want, self.wire, *blocks)
+
+    def test_all_short_messages(self):
+        """Every string of up to five bytes, cut in every way."""
+        messages, ways = [b''], 0
+        for _ in range(6):
+            for data in messages:
+                for cuts in range(1 << max(0, len(data) - 1)):
+                    blocks, start = [], 0
+                    for at in range(1, len(data)):
+                        if cuts >> (at - 1) & 1:
+                            blocks.append(data[start:at])
+                            start = at
+                    self.hold(data, blocks + [data[start:]])
+                    ways += 1
+            messages = [data + byte for data in messages
+                        for byte in (b'a', b'.', b'\r', b'\n')]
+        self.assertEqual(1 + sum(4 ** n << (n - 1) for n in range(1, 6)),
+                         ways)
+
+    def test_random_messages(self):
+        chance = random.Random(2)
+        for _ in range(2000):
+            data = bytes(chance.choice(b'ab..\r\r\n\n\n\0\xff')
+                         for _ in range(chance.randrange(200)))
+            cuts = sorted(chance.randrange(len(data) + 1)
+                          for _ in range(chance.randrange(10)))
+            self.hold(data, [data[start:end] for start, end in
+                             zip([0] + cuts, cuts + [len(data)])])
+
+    def test_everything_else_goes_through(self):
+        other = bytes(c for c in range(256) if c not in b'\r\n.')
+        self.check(other, self.wire, other)
+        long = b'x' * 5000000 + b'\n'
+        self.assertEqual(long[:-1] + b'\r\n', self.wire(long))
+
+
+class MessageTables(Tables):
+
+    def setUp(self):
+        self.clock = VirtualClock()
+
+    def message(self, fd, **options):
+        return qr.Message(fd, wait=self.clock.wait, clock=self.clock,
+                          seconds=7, **options)
+
+    def whole(self, fd, **options):
+        """Everything that the message yields, after its check."""
+        message = self.message(fd, **options)
+        message.check()
+        return b''.join(message.blocks())
+
+    def test_files(self):
+        big = b'x' * 99 + b'\n'
+        for data, start, want in (
+                (b'a\n', 0, b'a\n'), (b'', 0, b''), (b'a\nb\n', 2, b'b\n'),
+                (b'a\n', 2, b''),
+                (b'\0\xff\r\n', 0, b'\0\xff\r\n'),
+                (big * 5000, 0, big * 5000), (b'a', 0, qr.PARTIAL_LINE),
+                (b'a\nb', 0, qr.PARTIAL_LINE), (b'a\nb', 2, qr.PARTIAL_LINE),
+                (b'a\r', 0, qr.PARTIAL_LINE)):
+            with tempfile.TemporaryFile() as f:
+                f.write(data)
+                f.flush()
+                os.lseek(f.fileno(), start, os.SEEK_SET)
+                self.check(want, self.whole, f.fileno())
+                # check() alone knows, and leaves the place as it is
+                os.lseek(f.fileno(), start, os.SEEK_SET)
+                message = self.message(f.fileno())
+                self.check(want if want == qr.PARTIAL_LINE else None,
+                           message.check)
+                self.assertEqual(start, os.lseek(f.fileno(), 0, 1))
+
+    def test_a_file_that_shrinks(self):
+        """What check() could not know, blocks() sees."""
+        with tempfile.TemporaryFile() as f:
+            f.write(b'a\nb\n')
+            f.flush()
+            os.lseek(f.fileno(), 0, os.SEEK_SET)
+            message = self.message(f.fileno())
+            message.check()
+            os.ftruncate(f.fileno(), 3)
+            self.check(qr.PARTIAL_LINE,
+                       lambda: b''.join(message.blocks()))
+
+    def test_pipes(self):
+        for data, want in ((b'a\n', b'a\n'), (b'', b''),
+                           (b'a\nb', qr.PARTIAL_LINE)):
+            reading, writing = os.pipe()
+            os.write(writing, data)
+            os.close(writing)
+            self.check(want, self.whole, reading)
+            os.close(reading)
+
+    def test_a_silent_pipe(self):
+        for data in b'', b'a\n':
+            reading, writing = os.pipe()
+            os.write(writing, data)
+            self.clock.now = 1000
+            self.check(qr.NO_MESSAGE, self.whole, reading)
+            self.assertEqual(1007, self.clock.now)
+            os.close(reading)
+            os.close(writing)
+
+    def test_unreadable(self):
+        self.check(qr.NO_MESSAGE, lambda: self.message(
+            0, closed=True).check())
+        fd = os.open(tempfile.gettempdir(), os.O_RDONLY)
+        self.check(qr.NO_MESSAGE, self.whole, fd)
+        os.close(fd)
+        with tempfile.NamedTemporaryFile() as f:
+            fd = os.open(f.name, os.O_WRONLY)       # reading is an error
+            os.write(fd, b'a\n')
+            os.lseek(fd, 0, os.SEEK_SET)
+            self.check(qr.NO_MESSAGE, self.whole, fd)
+            os.close(fd)
+
+    def test_null(self):
+        fd = os.open(os.devnull, os.O_RDONLY)
+        self.check(b'', self.whole, fd)
+        os.close(fd)
+
+
+# SMTP
+
+class ReplyGrammar(Tables):
+
+    def read(self, *pieces):
+        """(code, text, the bytes left over) once there is a reply."""
+        reader = qr.ReplyReader()
+        for number, piece in enumerate(pieces):
+            used = reader.take(piece)
+            if used is not None:
+                reply = reader.reply()
+                return reply.code, reply.text, \
+                    piece[used:] + b''.join(pieces[number + 1:])
+        return None
+
+    REPLIES = (
+        (b'250 ok\r\n', (250, b'250 ok\n', b'')),
+        (b'250 ok\n', (250, b'250 ok\n', b'')),
+        (b'250 ok\r\r\n', (250, b'250 ok\n', b'')),
+        (b'250\r\n', (250, b'250\n', b'')),
+        (b'250\n', (250, b'250\n', b'')),
+        (b'250 \r\n', (250, b'250 \n', b'')),
+        (b'250  two  blanks \n', (250, b'250  two  blanks \n', b'')),
+        (b'250-a\r\n250-b\r\n250 c\r\n',
+         (250, b'250-a\n250-b\n250 c\n', b'')),
+        (b'250-a\n250\n', (250, b'250-a\n250\n', b'')),
+        (b'250-\n250 \n', (250, b'250-\n250 \n', b'')),
+        # codes of one class: the last one counts
+        (b'250-a\n251 b\n', (251, b'250-a\n251 b\n', b'')),
+        (b'550-a\n530 b\n', (530, b'550-a\n530 b\n', b'')),
+        # two replies at once
+        (b'250 a\r\n354 b\r\n', (250, b'250 a\n', b'354 b\r\n')),
+        (b'250 a\nnonsense', (250, b'250 a\n', b'nonsense')),
+        # any bytes in the text
+        (b'250 a\0b\xff\n', (250, b'250 a\0b\xff\n', b'')),
+        (b'250 a\rb\n', (250, b'250 ab\n', b'')),
+        (b'250 250-a\n', (250, b'250 250-a\n', b'')),
+        # not yet
+        (b'', None), (b'2', None), (b'25', None), (b'250', None),
+        (b'250 ok', None), (b'250 ok\r', None), (b'250-a\r\n', None),
+        (b'250-a\r\n2', None), (b'250-a\r\n250', None))
+
+    REFUSED = (
+        b'\n', b'\r\n', b' \n', b'25\n', b'2\r\n', b'25 ok\n', b'2500 ok\n',
+        b'250x\n', b'250_\n', b'250\tok\n', b'250:ok\n', b'250\0\n',
+        b'250\rok\n', b' 250 ok\n', b'+250 ok\n', b'-50 ok\n', b'2 0 ok\n',
+        b'ok\n', b'EHLO x\r\n', b'SSH-2.0-x\r\n', b'HTTP/1.1 400\r\n',
+        b'\x16\x03\x01', b'\0\n', '２50 ok\n'.encode(), b'\xb250 ok\n',
+        b'25\r\n0 ok\n', b'150 ok\n', b'650 ok\n', b'000 ok\n', b'999\n',
+        # continuation lines of another class, or of none
+        b'250-a\n550 b\n', b'550-a\n250 b\n', b'250-a\n450-b\n450 c\n',
+        b'250-a\nb\n', b'250-a\n\n', b'250-a\n 250 b\n', b'250-a\n25\n',
+        # refused before the line has come to its end
+        b'x', b'1', b'6', b'2x', b'25x', b'250x', b'250-a\n5')
+
+    def test_grammar(self):
+        for data, want in self.REPLIES:
+            self.check(want, self.read, data)
+        for data in self.REFUSED:
+            self.check(qr.Lost, self.read, data)
+
+    def test_split_anywhere(self):
+        """Pieces of any size make no difference."""
+        for data, want in self.REPLIES:
+            for at in range(len(data) + 1):
+                self.check(want, self.read, data[:at], data[at:])
+            self.check(want, self.read, *[data[at:at + 1]
+                                          for at in range(len(data))])
+        for data in self.REFUSED:
+            for at in range(len(data) + 1):
+                self.check(qr.Lost, self.read, data[:at], data[at:])
+
+    def test_every_code(self):
+        """200 to 599, and no other."""
+        for code in range(1000):
+            for form in b'%03d\r\n', b'%03d ok\n', b'%03d-x\n%03d y\n':
+                data = form.replace(b'%03d', b'%03d' % code)
+                try:
+                    got = self.read(data)[0]
+                except qr.Lost:
+                    got = None
+                if got != (code if 200 <= code < 600 else None):
+                    self.fail('%r: %r' % (data, got))
+
+    def test_kind(self):
+        for code in 200, 299, 354, 421, 599:
+            self.check(code // 100, qr.Reply(code, b'').kind)
+
+    def test_permanent(self):
+        """5xx, but not 530: that is about our configuration."""
+        for code, want in ((250, False), (421, False), (452, False),
+                           (500, True), (530, False), (550, True),
+                           (599, True)):
+            self.check(want, qr.permanent, qr.Reply(code, b''))
+
+    def long_reply(self, lines):
+        """A reply of that many continuation lines, in blocks."""
+        reader, block = qr.ReplyReader(), b'250-xxxx\r\n' * 5000
+        for _ in range(lines // 5000):
+            if reader.take(block) is not None:
+                self.fail('it has not ended yet')
+        self.assertEqual(8, reader.take(b'251 end\n'))
+        return reader.reply()
+
+    def test_a_million_lines(self):
+        """The text is cut short, the code is the last line's."""
+        start = time.process_time()
+        reply = self.long_reply(1000000)
+        self.assertEqual(251, reply.code)
+        self.assertLessEqual(len(reply.text), 2 * qr.REPLY_KEPT)
+        self.assertLess(time.process_time() - start, 10)
+
+    def test_a_line_of_ten_megabytes(self):
+        reader, block = qr.ReplyReader(), b'x' * 65536
+        reader.take(b'250 ')
+        for _ in range(160):
+            self.assertIsNone(reader.take(block))
+        self.assertEqual(2, reader.take(b'\r\n'))
+        self.assertEqual(250, reader.reply().code)
+        self.assertLessEqual(len(reader.reply().text), qr.REPLY_KEPT + 1)
+
+    @unittest.skipUnless(tracemalloc, 'cannot measure memory')
+    def test_memory(self):
+        tracemalloc.start()
+        try:
+            self.long_reply(50000)
+            self.test_a_line_of_ten_megabytes()
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        self.assertLess(most, 1000000)
+
+
+class SmtpTables(Tables):
+
+    def test_parse_ehlo(self):
+        def offered(*lines):
+            text = b''.join(b'250%c%s\n' % (b'-' if line != lines[-1] else
+                                            b' ', line) for line in lines)
+            return {name: sorted(set(words)) for name, words in
+                    qr.parse_ehlo(text).items()}
+        for lines, want in (
+                ((b'fake',), {}), ((b'PIPELINING',), {}),
+                ((b'fake', b'PIPELINING'), {b'PIPELINING': []}),
+                ((b'fake', b'Size 1000', b'8bitmime'),
+                 {b'SIZE': [b'1000'], b'8BITMIME': []}),
+                ((b'fake', b'SIZE'), {b'SIZE': []}),
+                ((b'fake', b'auth plain Login'),
+                 {b'AUTH': [b'LOGIN', b'PLAIN']}),
+                ((b'fake', b'AUTH=LOGIN'), {b'AUTH': [b'LOGIN']}),
+                ((b'fake', b'AUTH PLAIN', b'AUTH=LOGIN', b'AUTH CRAM-MD5'),
+                 {b'AUTH': [b'CRAM-MD5', b'LOGIN', b'PLAIN']}),
+                ((b'fake', b'AUTH'), {b'AUTH': []}),
+                ((b'fake', b'AUTHX PLAIN', b'XAUTH LOGIN'),
+                 {b'AUTHX': [b'PLAIN'], b'XAUTH': [b'LOGIN']}),
+                ((b'fake', b'  AUTH   PLAIN  '), {b'AUTH': [b'PLAIN']}),
+                ((b'fake', b'AUTH PLAINTEXT'), {b'AUTH': [b'PLAINTEXT']}),
+                ((b'fake', b'', b'DSN'), {b'DSN': []}),
+                ((b'fake', b'\xff\0'), {b'\xff\0': []})):
+            self.check(want, offered, *lines)
+        self.check({}, qr.parse_ehlo, b'')
+        self.check({}, qr.parse_ehlo, b'250\n')
+        self.check({}, qr.parse_ehlo, b'250-\n250-\n250\n')
+
+    def test_mask(self):
+        long = b'correct horse battery'
+        for title, text, secrets, want in (
+                ('none', b'535 no', [], b'535 no'),
+                ('not there', b'535 no', [b'secret'], b'535 no'),
+                ('there', b'535 not secret!', [b'secret'], b'535 not ***!'),
+                ('twice', b'secretsecret', [b'secret'], b'******'),
+                ('two', b'user:pass', [b'user', b'pass'], b'***:***'),
+                ('one holds the other', b'a passport', [b'pass',
+                                                        b'passport'],
+                 b'a ***'),
+                ('cut short', b'got ' + long[:12], [long], b'got ***'),
+                ('cut short, then more', b'<' + long[:9] + b'>', [long],
+                 b'<***>'),
+                ('cut to eight', long[:8] + b'!', [long], b'***!'),
+                ('whole and cut', long + long[:8], [long], b'******'),
+                ('a short one', b'abc', [b'b'], b'a***c')):
+            with self.subTest(title):
+                self.check(want, qr.mask, text, secrets)
+
+    def test_masks_end(self):
+        """Secrets that look like the mask, or like each other."""
+        for secrets in ([b'*'], [b'***'], [b'*', b'**', b'***'],
+                        [b'*' * 8], [b'*' * 20, b'*' * 8], [b'a', b'*'],
+                        [b'5', b'3', b'0', b' '], [b'aaaaaaaa' * 9]):
+            for text in (b'*' * 50, b'a' * 700 + b'\n', b'535 no *** a\n'):
+                masked = qr.mask(text, secrets)
+                for secret in secrets:
+                    if b'*' not in secret:
+                        self.assertNotIn(secret, masked)
+
+    def test_no_secret_is_shown(self):
+        """Whatever part of a command a server sends back."""
+        user, password = b'user@example.com', b'pa|ss: w\xc3\xb6rd'
+        secrets = qr.secrets_of((user, password))
+        plain = binascii.b2a_base64(
+            b'\0' + user + b'\0' + password).rstrip()
+        for echo in (plain, b'AUTH PLAIN ' + plain, plain.rstrip(b'='),
+                     plain[:40], user, password, user + b' ' + password,
+                     binascii.b2a_base64(user).rstrip(),
+                     binascii.b2a_base64(password).rstrip(),
+                     binascii.b2a_base64(password).rstrip(b'=\n')):
+            shown = qr.said(qr.Reply(535, b'535 bad: ' + echo + b'\n'),
+                            secrets)
+            self.assertTrue(shown.startswith(b'Remote host said: 535 bad: '))
+            for part in (user, password, plain[:8],
+                         binascii.b2a_base64(user)[:8],
+                         binascii.b2a_base64(password)[:8]):
+                self.assertNotIn(part, shown)
+        self.check([], qr.secrets_of, None)
+
+    def test_said(self):
+        def length(text):
+            return len(qr.said(qr.Reply(550, text), []))
+        for text, want in (
+                (b'550 no\n', b'Remote host said: 550 no\n'),
+                (b'550-no\n550 way\n', b'Remote host said: 550-no\n'
+                 b'550 way\n'),
+                (b'550\n', b'Remote host said: 550\n')):
+            self.check(want, qr.said, qr.Reply(550, text), [])
+        head = len(b'Remote host said: ')
+        self.check(head + 4999, length, b'5' * 4998 + b'\n')
+        for size in 5000, 5001, 16384, 20000:
+            got = length(b'5' * size + b'\n')
+            self.assertLessEqual(abs(got - head - 5000), 1)
+        self.check(head + 4999, length, b'5' * 4998 + b'\n' * 9)
+
+    def test_first_words(self):
+        def words(text):
+            return qr.first_words(qr.Reply(550, text), [b'secret'])
+        for text, want in ((b'550 no \n', b'550 no'),
+                           (b'550-no\n550 way\n', b'550-no'),
+                           (b'550 no secret\n', b'550 no ***'),
+                           (b'550 ' + b'x' * 999 + b'\n',
+                            b'550 ' + b'x' * 196)):
+            self.check(want, words, text)
+
+    def test_base64(self):
+        for data, text in ((b'', b''), (b'a', b'YQ=='), (b'ab', b'YWI='),
+                           (b'abc', b'YWJj'), (b'\xff\xfe', b'//4='),
+                           (b'\0' * 300, b'A' * 400)):
+            self.check(text, qr.base64, data)
+            self.check(data, qr.unbase64, text)
+        self.check(b'ab', qr.unbase64, b' YWI= ')
+        for text in (b'YQ', b'YQ=', b'YQ===', b'Y', b'=', b'Y Q==', b'YQ==x',
+                     b'Y*Q==', b'YR==', b'YWJj\nYWJj', b'?', b'\xff\xff',
+                     b'YQ==YQ=='):
+            self.check(ValueError, lambda text: self.value_error(text), text)
+
+    @staticmethod
+    def value_error(text):
+        """unbase64(), with any kind of ValueError as plain one."""
+        try:
+            return qr.unbase64(text)
+        except ValueError:
+            raise ValueError
+
+    def test_hmac_md5(self):
+        """The example of RFC 2195."""
+        try:
+            hmac.new(b'', b'', 'md5')
+        except ValueError:
+            self.skipTest('no MD5 here')
+        self.check(b'b913a602c7eda7a495b4e6e7334d3890', qr.hmac_md5,
+                   b'tanstaaftanstaaf',
+                   b'<1896.697170952@postoffice.reston.mci.net>')
+        long = b'k' * 100
+        self.check(hmac.new(long, b'x', 'md5').hexdigest().encode(),
+                   qr.hmac_md5, long, b'x')
+
+
+# Which server, and when to go on
+
+class Trying(Tables):
+
+    REFUSED = qr.SENDER_REJECTED + b'Remote host said: 5\n'
+
+    def failures(self):
+        """What can become of a server, by a letter."""
+        def failure(report, note, answered=False, permanent=False):
+            return qr.NextServer(report, note, answered, permanent)
+        return {
+            'unreached': failure(None, b'connection timed out'),
+            'died': failure(b'Zdied\n', b'connection closed'),
+            'greeting': failure(b'Zgreeting\n', b'greeting failed', True),
+            'soft': failure(b'Zsender\n', b'soft', True),
+            'hard': failure(b'Dsender\n', b'hard', True, True),
+            'hard2': failure(b'Dsender2\n', b'hard2', True, True),
+            'K': qr.Report(b'Kok\n', [b'r']),
+            'D': qr.Report(b'Dgiving up\n', [b'hno\n'])}
+
+    def attempt(self, complete, *outcomes):
+        """The report, and how many servers were tried."""
+        known, tried = self.failures(), []
+
+        def one(server):
+            tried.append(server)
+            outcome = known[outcomes[int(server.address) - 1]]
+            if isinstance(outcome, qr.NextServer):
+                raise outcome
+            return outcome
+        servers = [value_of(qr.Server, address=b'%d' % number, port=25)
+                   for number in range(1, len(outcomes) + 1)]
+        report = qr.try_servers(servers, complete, one)
+        return report.text, len(tried)
+
+    def test_who_is_reported(self):
+        nobody = qr.NO_CONNECTION
+        for complete, outcomes, want, tried in (
+                # one server: no trail
+                (True, ['K'], b'Kok\n', 1),
+                (True, ['D'], b'Dgiving up\n', 1),
+                (True, ['unreached'], nobody, 1),
+                (True, ['died'], b'Zdied\n', 1),
+                (True, ['greeting'], b'Zgreeting\n', 1),
+                (True, ['soft'], b'Zsender\n', 1),
+                (True, ['hard'], b'Dsender\n', 1),
+                (False, ['hard'], b'Zsender\n', 1),
+                (False, ['K'], b'Kok\n', 1),
+                (False, ['D'], b'Dgiving up\n', 1),
+                # the first Report ends it
+                (True, ['K', 'hard'], b'Kok\n', 1),
+                (True, ['hard', 'K', 'soft'], b'Kok\n1: hard\n', 2),
+                (True, ['unreached', 'died', 'D'],
+                 b'Dgiving up\n1: connection timed out\n'
+                 b'2: connection closed\n', 3),
+                # the most preferred refusal, D only if all are for good
+                (True, ['hard', 'hard2'],
+                 b'Dsender\n1: hard\n2: hard2\n', 2),
+                (False, ['hard', 'hard2'],
+                 b'Zsender\n1: hard\n2: hard2\n', 2),
+                (True, ['hard', 'soft'], b'Zsender\n1: hard\n2: soft\n', 2),
+                (True, ['soft', 'hard'], b'Zsender\n1: soft\n2: hard\n', 2),
+                (True, ['hard2', 'unreached'],
+                 b'Zsender2\n1: hard2\n2: connection timed out\n', 2),
+                (True, ['unreached', 'hard2'],
+                 b'Zsender2\n1: connection timed out\n2: hard2\n', 2),
+                (True, ['hard', 'died'],
+                 b'Zsender\n1: hard\n2: connection closed\n', 2),
+                (True, ['greeting', 'hard'],
+                 b'Zgreeting\n1: greeting failed\n2: hard\n', 2),
+                # who answered comes before who was lost
+                (True, ['died', 'greeting'],
+                 b'Zgreeting\n1: connection closed\n2: greeting failed\n',
+                 2),
+                (True, ['unreached', 'died'],
+                 b'Zdied\n1: connection timed out\n2: connection closed\n',
+                 2),
+                (True, ['unreached', 'unreached'],
+                 nobody + b'1: connection timed out\n'
+                 b'2: connection timed out\n', 2)):
+            with self.subTest(' '.join(outcomes)):
+                self.check((want, tried), self.attempt, complete, *outcomes)
+
+    def test_recipients_are_kept(self):
+        server = value_of(qr.Server, address=b'1', port=25)
+        report = qr.try_servers([server], True,
+                                lambda server: qr.Report(b'K', [b'r', b's']))
+        self.assertEqual([b'r', b's'], report.recipients)
+
+    def test_try_server(self):
+        """What tcpto hears of a server, and what the trail says."""
+        calls = []
+
+        class TcpToNotes:
+            def __init__(self, skipped):
+                self.skipped = skipped
+
+            def skip(self, address):
+                return self.skipped
+
+            def timed_out(self, address):
+                calls.append('timed out')
+
+            def answered(self, address):
+                calls.append('answered')
+
+        left, right = socket.socketpair()
+        left.setblocking(False)
+        right.send(b'554 no service\r\n')
+        for title, skipped, outcome, note, heard in (
+                ('skipped', True, None,
+                 b'timed out before, not tried (qmail-tcpto)', []),
+                ('timed out', False, qr.TimedOut(),
+                 b'connection timed out', ['timed out']),
+                ('refused', False, OSError(errno.ECONNREFUSED, ''),
+                 b'connection refused', ['answered']),
+                ('no way', False, OSError(errno.ENETUNREACH, ''),
+                 b'network is unreachable', ['answered']),
+                ('connected', False, left,
+                 b'greeting failed: 554 no service', ['answered'])):
+            with self.subTest(title):
+                del calls[:]
+
+                def connect(address, port, seconds):
+                    self.assertEqual((b'192.0.2.1', 26, 5),
+                                     (address, port, seconds))
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    return outcome
+                with self.assertRaises(qr.NextServer) as caught:
+                    qr.try_server(
+                        value_of(qr.Server, address=b'192.0.2.1', port=26),
+                        qr.Route(None, None, None),
+                        value_of(qr.Envelope, sender=b'', recipients=[b'a']),
+                        control_files(), value_of(
+                            qr.World, tcpto=TcpToNotes(skipped),
+                            connect=connect, line=qr.Line))
+                self.assertEqual((note, heard),
+                                 (caught.exception.note, calls))
+        self.assertEqual(b'QUIT\r\n', right.recv(99))
+        right.close()
+
+    def test_before_anybody_is_called(self):
+        """What is known in advance: no server is asked for it."""
+        class Partial:
+            def check(self):
+                raise qr.Report(qr.PARTIAL_LINE)
+
+        def never(*args):
+            raise AssertionError('called')
+
+        def deliver(host, sender, *recipients):
+            return qr.output_of(qr.deliver(
+                host, sender, list(recipients), control_files(),
+                value_of(qr.World, resolver=Zone({'h A': ['192.0.2.1']}),
+                         own=lambda address: False, tcpto=None,
+                         connect=never, message=Partial())))
+
+        def output(*args):
+            try:
+                return deliver(*args)
+            except qr.Report as report:
+                return qr.output_of(report)
+        refused = qr.BAD_RECIPIENT + b'\0'
+        for args, want in (
+                ((b'h', b'a', b'b'), qr.PARTIAL_LINE + b'\0'),
+                ((b'h', b'a b', b'b'), qr.BAD_SENDER + b'\0'),
+                ((b'h', b'a\r\nDATA', b'b'), qr.BAD_SENDER + b'\0'),
+                ((b'h', b'', b'b>'), refused + qr.NO_RECIPIENT + b'\0'),
+                ((b'h', b'', b'\n', b''),
+                 refused * 2 + qr.NO_RECIPIENT + b'\0'),
+                ((b'h', b'', b'\n', b'b'), qr.PARTIAL_LINE + b'\0'),
+                ((b'nowhere', b'', b'b'),
+                 qr.DNS_HARD % b'nowhere' + b'\0')):
+            self.check(want, output, *args)
+
+
+# ------------------------------------------------------------ Dialogues
+
+IP = '127.0.0.1'
+HOST, SENDER = 'there.example', 'sender@here.example'
+RECIPIENTS = ['one@there.example', 'two@there.example', 'three@there.example']
+
+# How a script gets to a stage; what follows is the server's reply there.
+TO_EHLO = 'S: 220 fake\nC: EHLO me.example\n'
+MAIL = 'C: MAIL FROM:<sender@here.example>\n'
+RCPT = 'C: RCPT TO:<one@there.example>\n'
+TO_MAIL = TO_EHLO + 'S: 250 fake\n' + MAIL
+TO_RCPT = TO_MAIL + 'S: 250 ok\n' + RCPT
+TO_DATA = TO_RCPT + 'S: 250 ok\nC: DATA\n'
+TO_MESSAGE = TO_DATA + 'S: 354 go\n'
+TO_END = TO_MESSAGE + 'D:\n'
+ACCEPT = TO_END + 'S: 250 queued\nQ:\n'
+FROM_MAIL = MAIL + ACCEPT[len(TO_MAIL):]
+STAGES = {'greeting': '', 'EHLO': TO_EHLO, 'MAIL': TO_MAIL, 'RCPT': TO_RCPT,
+          'DATA': TO_DATA, 'end of data': TO_END}
+
+ACCEPTED = 'K127.0.0.1 accepted message.\nRemote host said: 250 queued\n'
+DIED = 'ZConnected to 127.0.0.1 but connection died. (#4.4.2)\n'
+TWICE = ('ZConnected to 127.0.0.1 but connection died. '
+         'Possible duplicate! (#4.4.2)\n')
+UNREACHED = "ZSorry, I wasn't able to establish an SMTP connection. (#4.4.1)\n"
+NO_CONTROL = 'ZUnable to read control files. (#4.3.0)\n'
+NO_HOST_NOW = "ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
+NO_MESSAGE = 'ZUnable to read message. (#4.3.0)\n'
+PARTIAL = ('DSMTP cannot transfer messages with partial final lines. '
+           '(#5.6.2)\n')
+OWN = ("DSorry. Although I'm listed as a best-preference MX or A for that "
+       "host,\nit isn't in my control/locals file, so I don't treat it as "
+       "local. (#5.4.6)\n")
+
+BIG = (b'x' * 99 + b'\n') * 80000
+MANY = 1500
+
+
+class Like:
+    """A report of which only this is laid down: how it starts, words that
+    it must hold, and the most bytes that it may have."""
+
+    def __init__(self, start, *words, most=None):
+        self.start, self.words, self.most = start, words, most
+
+    def __eq__(self, report):
+        return (report.startswith(self.start)
+                and all(word in report for word in self.words)
+                and (self.most is None or len(report) <= self.most))
+
+    def __repr__(self):
+        return 'like(%s)' % ', '.join(
+            repr(x) for x in (self.start,) + self.words)
+
+
+Row = collections.namedtuple('Row', 'title script reports options')
+
+
+def row(title, script, *reports, **options):
+    """One dialogue: its title, the server's script, the reports to come,
+    each as text or Like.  script may also be a dict {address: script}, the
+    exchangers of HOST in order of preference; a script of None is an
+    exchanger where nobody listens, [] one that must not be called.
+
+    Options: control (a dict of control files; PORT in them becomes the
+    fakes' port), recipients (a number, or a list), message, sender, host;
+    records and overrides for FakeDNS; wire (the message as the server must
+    get it); quiet (a server may see no connection); local (the message,
+    the arguments or DNS are to blame, so that D or h need no 5xx); within
+    (seconds); secrets (no report may show ten bytes of one); stdin (a
+    function that opens it); others go to run_program()."""
+    return Row(title, script, reports, options)
+
+
+def open_servers(scripts):
+    """FakeSMTPs for {address: script}, all on one port, and that port."""
+    for attempt in range(20):
+        servers, port = [], 0
+        try:
+            for host, script in scripts.items():
+                if script is not None:
+                    servers.append(FakeSMTP(script, host, port))
+                    port = servers[0].port
+            return servers, port or 1
+        except OSError:
+            for server in servers:
+                server.close()
+            if attempt == 19:
+                raise
+
+
+def exchangers(addresses):
+    """DNS records that make these addresses the exchangers of HOST."""
+    records = {(HOST, 'MX'): []}
+    for i, address in enumerate(addresses, 1):
+        name = 'mx%d.%s' % (i, HOST)
+        records[HOST, 'MX'].append((10 * i, name))
+        records[name, 'AAAA' if ':' in address else 'A'] = [address]
+    return records
+
+
+def broken_laws(reports, transcript):
+    """The first law of a delivery: no K without a 2xx to the end of the
+    data; no D, no h unless the server said 5xx."""
+    accepted = re.search(r'(?m)^D: .*\n(--.*\n)*[Ss]: 2\d\d', transcript)
+    refused = re.search(r'(?m)^[Ss]: .*\b5\d\d', transcript)
+    for report in reports:
+        if report[:1] == 'K' and not accepted:
+            yield 'K, though no server accepted a message'
+        if report[:1] in 'Dh' and not refused:
+            yield report[:1] + ', though no server refused anything'
+
+
+def verdict_of(reports):
+    """The letter that qmail-rspawn must read from such reports."""
+    first, last = [r.start[:1] if isinstance(r, Like) else r[:1]
+                   for r in (reports[0], reports[-1])]
+    return {'s': 'Z', 'h': 'D'}.get(first, last)
+
+
+def converse(row):
+    """Plays one row; the problems as text, or ''."""
+    options = dict(row.options)
+    scripts = row.script
+    named = isinstance(scripts, dict)
+    if not named:
+        scripts = {IP: scripts}
+    recipients = options.pop('recipients', 1)
+    if isinstance(recipients, int):
+        recipients = RECIPIENTS[:recipients]
+    servers, port = open_servers(scripts)
+    control = {'smtproutes': b'::PORT' if named else b':127.0.0.1:PORT'}
+    if named:
+        control['notipme'] = '\n'.join(scripts).encode()
+    control.update(options.pop('control', {}))
+    control = {name: data and data.replace(b'PORT', b'%d' % port)
+               for name, data in control.items()}
+    local = options.pop('local', False)
+    wire = options.pop('wire', None)
+    quiet = options.pop('quiet', False)
+    within = options.pop('within', None)
+    secrets = options.pop('secrets', ())
+    records = options.pop('records', None)
+    if records is None:
+        records = exchangers(scripts) if named else {}
+    name_server = FakeDNS(records, options.pop('overrides', {}))
+    args = [options.pop('host', HOST), options.pop('sender', SENDER)]
+    stdin = options.pop('stdin', None)
+    stdin = stdin and stdin()
+    try:
+        with Home(**control) as home, name_server:
+            outcome = run_program(home, *(args + recipients), stdin=stdin,
+                                  dns=name_server.dns, **options)
+    finally:
+        if stdin is not None:
+            os.close(stdin)
+        for server in servers:
+            server.close()
+    got = [x.decode('utf-8', 'replace') for x in outcome.reports]
+    transcript = ''.join('%s\n' % line for server in servers
+                         for line in server.transcript)
+    problems = [] if local else list(broken_laws(got, transcript))
+    if list(row.reports) != got:
+        problems.append('other reports')
+    if outcome.status != 0:
+        problems.append('status %d' % outcome.status)
+    if outcome.stderr:
+        problems.append('stderr: %r' % outcome.stderr)
+    if outcome.output[-1:] != b'\0':
+        problems.append('no NUL at the end')
+    if row.reports and outcome.verdict != verdict_of(row.reports):
+        problems.append('verdict ' + outcome.verdict)
+    if within and outcome.seconds > within:
+        problems.append('took %.1f seconds' % outcome.seconds)
+    for server in servers:
+        if server.error and not (quiet and server.connections == 0):
+            problems.append('server %s: %s' % (server.host, server.error))
+        if wire is not None and server.messages != [wire]:
+            problems.append('messages %.300r' % server.messages)
+    problems += ['%r of a secret shown' % part for secret in secrets
+                 for part in (secret[i:i + 10] for i in range(
+                     max(1, len(secret) - 9))) if part in ''.join(got)]
+    if not problems:
+        return ''
+    return '\n'.join(
+        [row.title] + problems + ['expected:']
+        + ['  %.600r' % report for report in row.reports] + ['got:']
+        + ['  %.600r' % report for report in got] + ['the server saw:']
+        + ['  ' + line[:200] for line in transcript.splitlines()[-40:]])
+
+
+class Dialogues(unittest.TestCase):
+    """Dialogues with scripted servers, through the real process."""
+
+    def play(self, rows, workers=4):
+        rows = list(rows)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for row, problem in zip(rows, pool.map(converse, rows)):
+                with self.subTest(row.title):
+                    if problem:
+                        self.fail(problem)
+
+
+class Replies(Dialogues):
+    """Every kind of reply at every stage."""
+
+    # What each stage makes of a refusal, 4xx and 5xx.
+    REFUSED = {
+        'greeting': (
+            ['ZConnected to 127.0.0.1 but greeting failed.\n%s'],
+            ['ZConnected to 127.0.0.1 but greeting failed.\n%s']),
+        'EHLO': (
+            ['ZConnected to 127.0.0.1 but my name was rejected.\n%s'],
+            None),
+        'MAIL': (
+            ['ZConnected to 127.0.0.1 but sender was rejected.\n%s'],
+            ['DConnected to 127.0.0.1 but sender was rejected.\n%s']),
+        'RCPT': (
+            ['s127.0.0.1 does not like recipient.\n%s',
+             'ZGiving up on 127.0.0.1.\n'],
+            ['h127.0.0.1 does not like recipient.\n%s',
+             'DGiving up on 127.0.0.1.\n']),
+        'DATA': (
+            ['r', 'Z127.0.0.1 failed on DATA command.\n%s'],
+            ['r', 'D127.0.0.1 failed on DATA command.\n%s']),
+        'end of data': (
+            ['r', 'Z127.0.0.1 failed after I sent the message.\n%s'],
+            ['r', 'D127.0.0.1 failed after I sent the message.\n%s'])}
+
+    GARBAGE = [
+        ('letters', 'S: hello, nice to meet you'),
+        ('two digits', 'S: 25'),
+        ('four digits', 'S: 2500 ok'),
+        ('an underscore', 'S: 250_ok'),
+        ('a blank first', 'S:  250 ok'),
+        ('an empty line', 'S:'),
+        ('a sign', 'S: +25 ok'),
+        ('letters after a digit', 'S: 2x0 ok'),
+        ('other digits', 'S: \u0662\u0665\u0660 ok'),
+        ('NULs', r's: \x00\x00\x00\r\n'),
+        ('code 100', 'S: 100 wait'),
+        ('code 199', 'S: 199 wait'),
+        ('code 000', 'S: 000 ok'),
+        ('code 600', 'S: 600 ok'),
+        ('code 999', 'S: 999 ok'),
+        ('2xx, then 5xx', 'S: 250-ok\nS: 550 no'),
+        ('5xx, then 2xx', 'S: 550-no\nS: 250 ok'),
+        ('4xx, then 5xx', 'S: 450-later\nS: 550 no'),
+        ('a broken second line', 'S: 250-ok\nS: what'),
+        ('an end in mid-line', 's: 250 o\nclose'),
+        ('an end after a continuation', 'S: 550-no\nclose'),
+        ('close', 'close'),
+        ('reset', 'reset')]
+
+    def out_of_step(self, stage):
+        known = ['r'] if stage in ('DATA', 'end of data') else []
+        return known + [TWICE if stage == 'end of data' else DIED]
+
+    def test_refusals(self):
+        def rows():
+            for stage, (later, never) in self.REFUSED.items():
+                for code, reports in (
+                        ('400', later), ('421', later), ('499', later),
+                        ('500', never), ('530', later), ('552', never),
+                        ('599', never)):
+                    if reports and (stage, code) != ('EHLO', '530'):
+                        yield row(
+                            '%s to %s' % (code, stage),
+                            STAGES[stage] + 'S: %s-one\nS: %s\nQ:' % (
+                                code, code),
+                            *self.refused(stage, code, reports))
+        self.play(rows())
+
+    def refused(self, stage, code, reports):
+        said = 'Remote host said: %s-one\n%s\n' % (code, code)
+        if (stage, code) == ('RCPT', '421'):
+            return [reports[0] % said, DIED + said]
+        return [r.replace('%s', said) for r in reports]
+
+    def test_garbage(self):
+        """Every row at the end of the data, where it matters most; the
+        other stages share them out, unless THOROUGH is set."""
+        def rows():
+            for i, (title, steps) in enumerate(self.GARBAGE):
+                for j, stage in enumerate(STAGES):
+                    if (stage == 'end of data' or (i + j) % 3 == 0
+                            or os.environ.get('THOROUGH')):
+                        yield row('%s: %s' % (stage, title),
+                                  STAGES[stage] + steps + '\nQ:',
+                                  *self.out_of_step(stage))
+            for stage in ('MAIL', 'RCPT', 'end of data'):
+                for code in ('300', '354', '399'):
+                    yield row('%s: %s instead of 2xx' % (stage, code),
+                              STAGES[stage] + 'S: %s go on\nQ:' % code,
+                              *self.out_of_step(stage))
+        self.play(rows())
+
+    def test_the_other_good_codes(self):
+        rest_of = {stage: ACCEPT[len(before):].partition('\n')[2]
+                   for stage, before in STAGES.items()}
+        self.play([
+            row('%s to %s' % (code, stage),
+                STAGES[stage] + 'S: %s\n' % code + rest_of[stage],
+                'r', ACCEPTED if stage != 'end of data' else
+                'K127.0.0.1 accepted message.\nRemote host said: %s\n' % code)
+            for stage in ('MAIL', 'RCPT', 'end of data')
+            for code in ('200', '251 will do', '299')])
+
+    def test_other_oddities(self):
+        z = 'ZConnected to 127.0.0.1 but '
+        self.play([
+            row('250 as a greeting', 'S: 250 fake\nQ:', Like('Z', IP)),
+            row('354 as a greeting', 'S: 354 fake\nQ:', Like('Z', IP)),
+            row('354 to EHLO', TO_EHLO + 'S: 354 go\nQ:', Like('Z', IP)),
+            row('no EHLO: HELO', TO_EHLO + 'S: 502 what?\n'
+                'C: HELO me.example\nS: 250 fake\n' + FROM_MAIL,
+                'r', ACCEPTED),
+            row('neither EHLO nor HELO: 5xx', TO_EHLO + 'S: 502 what?\n'
+                'C: HELO me.example\nS: 550 not you\nQ:',
+                z + 'my name was rejected.\nRemote host said: 550 not you\n'),
+            row('neither EHLO nor HELO: 4xx', TO_EHLO + 'S: 502 what?\n'
+                'C: HELO me.example\nS: 450 not now\nQ:',
+                z + 'my name was rejected.\nRemote host said: 450 not now\n'),
+            row('the line lost after HELO', TO_EHLO + 'S: 502 what?\n'
+                'C: HELO me.example\nclose', DIED),
+            row('what EHLO would offer counts not after HELO',
+                TO_EHLO + 'S: 502-what?\nS: 502-AUTH PLAIN\nS: 502 SIZE\n'
+                'C: HELO me.example\nS: 250-fake\nS: 250-AUTH PLAIN\n'
+                'S: 250 PIPELINING\n' + FROM_MAIL, 'r', ACCEPTED),
+            row('530 to EHLO is no reason to bounce',
+                TO_EHLO + 'S: 530 log in\nclose', Like('Z', IP)),
+            row('552 after an acceptance is 452',
+                TO_RCPT + 'S: 250 ok\nC: RCPT TO:<two@there.example>\n'
+                'S: 552 too many\nC: RCPT TO:<three@there.example>\n'
+                'S: 550 no\nC: DATA\nS: 354 go\nD:\nS: 250 queued\nQ:',
+                'r', 's127.0.0.1 does not like recipient.\n'
+                'Remote host said: 552 too many\n',
+                'h127.0.0.1 does not like recipient.\n'
+                'Remote host said: 550 no\n', ACCEPTED, recipients=3),
+            row('421 to the second of three recipients',
+                TO_RCPT + 'S: 250 ok\nC: RCPT TO:<two@there.example>\n'
+                'S: 421 closing\nQ:',
+                'r', 's127.0.0.1 does not like recipient.\n'
+                'Remote host said: 421 closing\n',
+                DIED + 'Remote host said: 421 closing\n', recipients=3),
+            row('the line lost after the first of two recipients',
+                TO_RCPT + 'S: 550 no\nC: RCPT TO:<two@there.example>\nclose',
+                'h127.0.0.1 does not like recipient.\n'
+                'Remote host said: 550 no\n', DIED, recipients=2),
+            row('2xx instead of 354', TO_DATA + 'S: 250 go\nQ:',
+                'r', 'Z127.0.0.1 failed on DATA command.\n'
+                'Remote host said: 250 go\n'),
+            row('another 3xx instead of 354', TO_DATA + 'S: 355 go\nQ:',
+                'r', Like('Z', IP)),
+            row('bare LF ends', r's: 220-fake\n220 fake\n' + '\n'
+                + ACCEPT.partition('\n')[2], 'r', ACCEPTED),
+            row('a 250 of three bytes', TO_EHLO + 'S: 250\n' + FROM_MAIL,
+                'r', ACCEPTED),
+            row('CR and NUL in a reply', TO_MAIL
+                + r's: 550 a\rb\x00c' + '\n' + r's: \r\n' + '\nQ:',
+                'DConnected to 127.0.0.1 but sender was rejected.\n'
+                'Remote host said: 550 ab?c\n'),
+            row('codes of one class need not be equal', TO_END
+                + 'S: 250-one\nS: 251 two\nQ:', 'r',
+                'K127.0.0.1 accepted message.\n'
+                'Remote host said: 250-one\n251 two\n'),
+            row('the empty sender', ACCEPT.replace(
+                '<sender@here.example>', '<>'), 'r', ACCEPTED, sender=''),
+        ])
+
+    def test_too_early(self):
+        """Nothing may be waiting unread before a command or the dot."""
+        good = {'greeting': '220', 'DATA': '354'}
+        rows = [
+            row('two replies at once: %s' % stage, before
+                + r's: {} ok\r\n{} ok\r\n'.format(good.get(stage, '250'),
+                                                  second)
+                + ('\nT:' if stage == 'DATA' else '\nQ:'),
+                *self.out_of_step('DATA' if stage == 'RCPT' else stage))
+            for stage, before in STAGES.items() if stage != 'end of data'
+            for second in ('250', '354')]
+        rows.append(row('two replies at once: end of data', TO_END
+                        + r's: 250 queued\r\n550 no\r\n' + '\nQ:',
+                        'r', ACCEPTED))
+        self.play(rows)
+
+    def test_recipient_mixes(self):
+        """Every combination of 2xx, 4xx and 5xx over 1 to 3 recipients."""
+        kinds = {
+            'r': ('250 ok', 'r'),
+            's': ('450 later', 's127.0.0.1 does not like recipient.\n'
+                  'Remote host said: 450 later\n'),
+            'h': ('550 no', 'h127.0.0.1 does not like recipient.\n'
+                  'Remote host said: 550 no\n')}
+        rows = []
+        for n in (1, 2, 3):
+            for mix in itertools.product('rsh', repeat=n):
+                script = TO_RCPT[:-len(RCPT)]
+                for recipient, kind in zip(RECIPIENTS, mix):
+                    script += 'C: RCPT TO:<%s>\nS: %s\n' % (
+                        recipient, kinds[kind][0])
+                reports = [kinds[kind][1] for kind in mix]
+                if 'r' in mix:
+                    script += 'C: DATA\nS: 354 go\nD:\nS: 250 queued\nQ:'
+                    reports.append(ACCEPTED)
+                else:
+                    script += 'Q:'
+                    reports.append('%sGiving up on 127.0.0.1.\n'
+                                   % ('Z' if 's' in mix else 'D'))
+                rows.append(row('recipients ' + ''.join(mix), script,
+                                *reports, recipients=n))
+        self.play(rows)
+
+    def test_a_refusal_by_parts(self):
+        """Recipients already known are printed before the end."""
+        two = (TO_RCPT + 'S: 550 no\nC: RCPT TO:<two@there.example>\n'
+               'S: 250 ok\nC: DATA\n')
+        no = ('h127.0.0.1 does not like recipient.\n'
+              'Remote host said: 550 no\n')
+        self.play([
+            row('h, r, refused at DATA', two + 'S: 451 later\nQ:', no, 'r',
+                'Z127.0.0.1 failed on DATA command.\n'
+                'Remote host said: 451 later\n', recipients=2),
+            row('h, r, lost at the end', two + 'S: 354 go\nD:\nclose', no,
+                'r', TWICE, recipients=2)])
+
+
+class Waiting(Dialogues):
+    """Silence, floods, and refusals in mid-message."""
+
+    SHORT = {'timeoutremote': b'1', 'timeoutconnect': b'1'}
+
+    def known(self, stage):
+        return ['r'] if stage in ('DATA', 'end of data') else []
+
+    def test_silence(self):
+        def rows():
+            for stage, before in STAGES.items():
+                end = TWICE if stage == 'end of data' else DIED
+                code = {'greeting': '220', 'DATA': '354'}.get(stage, '250')
+                yield row('silence: ' + stage, before + 'hang',
+                          *(self.known(stage) + [end]), control=self.SHORT,
+                          within=4)
+                yield row('dripping: ' + stage,
+                          before + 'drip: %s a reply, bit by bit' % code,
+                          *(self.known(stage) + [end]), control=self.SHORT,
+                          within=4)
+            for number in (b'0', b'1_0', b'1 hour', b'01', b'1\n20'):
+                yield row('timeoutremote %r' % number, 'hang', DIED,
+                          control={'timeoutremote': number}, within=4)
+            yield row('continuation lines for ever', TO_END
+                      + 'flood: 250-more x50000000', 'r', TWICE,
+                      control=self.SHORT, within=6)
+            yield row('a line for ever', TO_MAIL
+                      + 'fill: 250more x50000000', Like('Z', IP),
+                      control=self.SHORT, within=6)
+            yield row('a peer that stops reading in mid-message',
+                      TO_MESSAGE + 'R: 100\nstall', 'r', DIED,
+                      control=self.SHORT, message=BIG, within=6)
+            yield row('two 0.7 second replies fit in a second each',
+                      'sleep 0.7\nS: 220 fake\nC: EHLO me.example\nsleep 0.7'
+                      '\nS: 250 fake\n' + FROM_MAIL, 'r', ACCEPTED,
+                      control=self.SHORT)
+            yield row('QUIT is never waited for: silence', TO_END
+                      + 'S: 250 queued\nhang', 'r', ACCEPTED, within=3)
+            yield row('QUIT is never waited for: stall', TO_END
+                      + 'S: 250 queued\nstall', 'r', ACCEPTED, within=3)
+            yield row('refuses in mid-message, reads no more', TO_MESSAGE
+                      + 'R: 100\nS: 552 too big\nstall', 'r',
+                      Like('D127.0.0.1 failed', '552 too big'),
+                      message=BIG, within=4)
+        self.play(rows(), workers=10)
+
+    def test_mid_message(self):
+        begun = TO_MESSAGE + 'R: 100000\n'
+        d = Like('D127.0.0.1 failed', 'Remote host said: 552 too big\n')
+        z = Like('Z127.0.0.1 failed', 'Remote host said: 452 full\n')
+        self.play(row(title, begun + steps, 'r', report, message=BIG)
+                  for title, steps, report in [
+            ('refuses and closes', 'S: 552 too big\nclose', d),
+            ('refuses and resets', 'S: 552 too big\nsleep 0.2\nreset', d),
+            ('refuses and reads on', 'S: 552 too big\nT:', d),
+            ('refuses in two lines', 'S: 552-too\nS: 552 big\nT:',
+             Like('D127.0.0.1 failed', '552-too\n552 big\n')),
+            ('defers and reads on', 'S: 452 full\nT:', z),
+            ('defers and closes', 'S: 452 full\nclose', z),
+            ('421', 'S: 421 closing\nclose', Like('Z', '421 closing')),
+            ('530', 'S: 530 log in\nT:', Like('Z', '530 log in')),
+            ('accepts', 'S: 250 queued\nT:', DIED),
+            ('says 354 again', 'S: 354 go\nT:', DIED),
+            ('talks', 'S: hello\nT:', DIED),
+            ('closes', 'close', DIED),
+            ('resets', 'reset', DIED)])
+
+    def test_floods(self):
+        k = Like('K127.0.0.1 accepted message.\nRemote host said: 250',
+                 most=5100)
+        self.play([
+            row('a line of 10 MB', TO_END + 's: 250 \nfill: aaaaaaaaaa '
+                'x1000000\nS: \nQ:', 'r', k),
+            row('100,000 continuation lines', TO_END
+                + 'flood: 250-more and more x100000\nS: 250 queued\nQ:',
+                'r', k),
+            row('100,000 lines and a refusal', TO_MAIL
+                + 'flood: 550-no x100000\nS: 550 no\nQ:',
+                Like('DConnected to 127.0.0.1 but sender was rejected.\n'
+                     'Remote host said: 550-no\n', most=5100)),
+            row('many EHLO lines', TO_EHLO + 'flood: 250-X x10000\n'
+                'S: 250 fake\n' + FROM_MAIL, 'r', ACCEPTED)])
+
+    def test_after_the_acceptance(self):
+        self.play([row('accepts, then ' + step, TO_END + 'S: 250 queued\n'
+                       + step, 'r', ACCEPTED)
+                   for step in ('close', 'reset', 'S: 421 bye\nQ:',
+                                'C: QUIT\nS: 221 bye', 'C: QUIT\nS: 500 ?')])
+
+    def test_unreachable(self):
+        self.play([
+            row('nobody listens', {'127.0.0.2': None}, UNREACHED),
+            row('nobody listens at the relay', [], UNREACHED,
+                control={'smtproutes': b':127.0.0.1:1'})])
+
+
+class Authentication(Dialogues):
+    """AUTH, and where credentials go."""
+
+    USER, PASSWORD = b'joe-user', b'sec|ret:w\xc3\xb6rd'
+    ROUTE = b':127.0.0.1:PORT|' + USER + b'|' + PASSWORD
+
+    @staticmethod
+    def base64(data):
+        return binascii.b2a_base64(data).decode().strip()
+
+    def setUp(self):
+        user, password = self.USER, self.PASSWORD
+        challenge = b'<1896.697170952@fake.example>'
+        digest = hmac.new(password, challenge, 'md5').hexdigest()
+        self.plain64 = self.base64(b'\0' + user + b'\0' + password)
+        self.user64, self.pass64 = self.base64(user), self.base64(password)
+        self.cram64 = self.base64(user + b' ' + digest.encode())
+        # Requests, each up to the last reply.
+        self.plain = 'C: AUTH PLAIN %s\n' % self.plain64
+        self.login = 'C: AUTH LOGIN\n'
+        self.login_user = (self.login + 'S: 334 VXNlcm5hbWU6\nC: %s\n'
+                           % self.user64)
+        self.login_pass = (self.login_user + 'S: 334 UGFzc3dvcmQ6\nC: %s\n'
+                           % self.pass64)
+        self.cram = 'C: AUTH CRAM-MD5\n'
+        self.cram_answer = (self.cram + 'S: 334 %s\nC: %s\n' % (
+            self.base64(challenge), self.cram64))
+        self.secrets = ['joe-user', 'sec|ret', 'w\u00f6rd', self.user64,
+                        self.pass64, self.plain64, self.cram64]
+
+    def row(self, title, methods, steps, *reports, **options):
+        """A row where the server offers AUTH methods."""
+        options.setdefault('control', {'smtproutes': self.ROUTE})
+        options.setdefault('secrets', self.secrets)
+        offer = TO_EHLO + 'S: 250-fake\n'
+        for line in [methods] if isinstance(methods, str) else methods:
+            offer += 'S: 250-%s\n' % line
+        return row(title, offer + 'S: 250 HELP\n' + steps, *reports,
+                   **options)
+
+    def rejected(self, what, reply):
+        return ('ZConnected to 127.0.0.1 but authentication was rejected '
+                '(%s).\nRemote host said: %s\n' % (what, reply))
+
+    def test_accepted(self):
+        then = 'S: 235 welcome\n' + FROM_MAIL
+        login_first = self.login_pass + then
+        self.play(self.row(title, offer, steps, 'r', ACCEPTED)
+                  for title, offer, steps in [
+            ('PLAIN', 'AUTH PLAIN', self.plain + then),
+            ('LOGIN', 'AUTH LOGIN', login_first),
+            ('LOGIN, other prompts', 'AUTH LOGIN', login_first.replace(
+                'VXNlcm5hbWU6', 'dXNlcg==').replace('UGFzc3dvcmQ6', '')),
+            ('CRAM-MD5', 'AUTH CRAM-MD5', self.cram_answer + then),
+            ('the order in the clear: CRAM-MD5',
+             'AUTH LOGIN PLAIN CRAM-MD5', self.cram_answer + then),
+            ('the order in the clear: PLAIN', 'AUTH LOGIN PLAIN',
+             self.plain + then),
+            ('names in small letters', 'auth login', login_first),
+            ('AUTH=LOGIN', 'AUTH=LOGIN', login_first),
+            ('AUTH=LOGIN PLAIN', 'AUTH=LOGIN PLAIN', self.plain + then),
+            ('several lines', ['AUTH GSSAPI LOGIN', 'SIZE', 'AUTH=PLAIN'],
+             self.plain + then),
+            ('whole words only', 'AUTH XPLAIN PLAIN-X CRAM-MD5-X LOGIN',
+             login_first),
+            ('an empty 334 to PLAIN', 'AUTH PLAIN', self.plain
+             + 'S: 334 \nC: %s\n' % self.plain64 + then),
+            ('a bare 334 to PLAIN', 'AUTH PLAIN', self.plain
+             + 'S: 334\nC: %s\n' % self.plain64 + then),
+            ('504: the next method', 'AUTH PLAIN LOGIN', self.plain
+             + 'S: 504 not now\n' + login_first),
+            ('534: the next method', 'AUTH PLAIN CRAM-MD5', self.cram
+             + 'S: 534 too weak\n' + self.plain + then),
+            ('twice the next method', 'AUTH PLAIN LOGIN CRAM-MD5', self.cram
+             + 'S: 504 no\n' + self.plain + 'S: 504 no\n' + login_first)])
+
+    def test_rejected(self):
+        cases = [
+            ('AUTH PLAIN', 'AUTH PLAIN', self.plain),
+            ('plain', 'AUTH PLAIN', self.plain + 'S: 334 \nC: %s\n'
+             % self.plain64),
+            ('AUTH LOGIN', 'AUTH LOGIN', self.login),
+            ('username', 'AUTH LOGIN', self.login_user),
+            ('password', 'AUTH LOGIN', self.login_pass),
+            ('AUTH CRAM-MD5', 'AUTH CRAM-MD5', self.cram),
+            ('username+digest', 'AUTH CRAM-MD5', self.cram_answer)]
+        codes = ['535 bad', '454 later', '432 change it', '500 what?',
+                 '538 encrypt', '421 closing', '530 no']
+        rows = [self.row('%s to %s' % (reply, what), offer, steps
+                         + 'S: %s\nQ:' % reply, self.rejected(what, reply))
+                for i, (what, offer, steps) in enumerate(cases)
+                for reply in (codes[0], codes[i])]
+        rows += [
+            self.row('no second try', 'AUTH PLAIN LOGIN CRAM-MD5',
+                     self.cram_answer + 'S: 535 bad\nQ:',
+                     self.rejected('username+digest', '535 bad')),
+            self.row('504 from all', 'AUTH PLAIN LOGIN', self.plain
+                     + 'S: 504 no\n' + self.login + 'S: 504 nor that\nQ:',
+                     Like('Z', 'AUTH')),
+            self.row('the line lost', 'AUTH PLAIN', self.plain + 'close',
+                     DIED),
+            self.row('garbage', 'AUTH PLAIN', self.plain + 'S: hello\nQ:',
+                     DIED),
+            self.row('334 for ever: PLAIN', 'AUTH PLAIN', self.plain
+                     + 'S: 334 \nC: %s\nS: 334 \nclose' % self.plain64,
+                     Like('Z', IP)),
+            self.row('334 for ever: LOGIN', 'AUTH LOGIN', self.login_pass
+                     + 'S: 334 UGFzc3dvcmQ6\nclose', Like('Z', IP)),
+            self.row('334 for ever: CRAM-MD5', 'AUTH CRAM-MD5',
+                     self.cram_answer + 'S: 334 UGFzc3dvcmQ6\nclose',
+                     Like('Z', IP)),
+            self.row('a challenge that is no base64', 'AUTH CRAM-MD5',
+                     self.cram + 'S: 334 !!!\nC: *\nS: 501 aborted\nQ:',
+                     Like('ZConnected to 127.0.0.1 but unable to '
+                          'base64decode challenge.\nRemote host said: ')),
+            self.row('a challenge cut short', 'AUTH CRAM-MD5',
+                     self.cram + 'S: 334 PDE4O\nC: *\nS: 501 aborted\nQ:',
+                     Like('ZConnected to 127.0.0.1 but unable to '
+                          'base64decode challenge.\nRemote host said: '))]
+        self.play(rows)
+
+    def test_secrets_are_masked(self):
+        cut = len(self.plain64) * 3 // 4
+        echoes = [
+            ('the command', 'PLAIN', self.plain, self.plain64),
+            ('without padding', 'PLAIN', self.plain,
+             self.plain64.rstrip('=')),
+            ('cut short', 'PLAIN', self.plain, self.plain64[:cut]),
+            ('decoded', 'PLAIN', self.plain, 'user joe-user'),
+            ('both', 'LOGIN', self.login_pass, 'joe-user / sec|ret:w\u00f6rd'),
+            ('the password', 'LOGIN', self.login_pass, self.pass64),
+            ('the user', 'LOGIN', self.login_user, self.user64),
+            ('twice', 'LOGIN', self.login_pass,
+             self.pass64 + self.user64 + ' ' + self.pass64),
+            ('the digest', 'CRAM-MD5', self.cram_answer, self.cram64)]
+        rows = [self.row('echo of ' + title, 'AUTH ' + method, steps
+                         + 'S: 535 no: %s, sorry\nQ:' % echo,
+                         Like('ZConnected to 127.0.0.1 but authentication '
+                              'was rejected (', '535 no: ', 'sorry'),
+                         secrets=self.secrets + [self.plain64[:cut]])
+                for title, method, steps, echo in echoes]
+        rows += [self.row('echo after %d bytes' % length, 'AUTH PLAIN',
+                          self.plain + 'S: 535 %s %s\nQ:' % (
+                              'x' * length, self.plain64),
+                          Like('Z', 'AUTH PLAIN', '535 xxx'))
+                 for length in (4980, 4990, 16360, 16370)]
+        rows.append(self.row(
+            'echo in a later refusal', 'AUTH PLAIN', self.plain
+            + 'S: 235 welcome\n' + MAIL + 'S: 550 joe-user may not send\nQ:',
+            Like('D', 'sender was rejected', 'may not send')))
+        self.play(rows)
+
+    def test_no_common_method(self):
+        note = ('no supported AUTH method found, continuing without '
+                'authentication.\n')
+        self.play([
+            self.row('accepted', 'AUTH GSSAPI', FROM_MAIL,
+                     'r', 'K' + note + ACCEPTED[1:]),
+            self.row('no AUTH at all', 'SIZE', FROM_MAIL,
+                     'r', 'K' + note + ACCEPTED[1:]),
+            self.row('no method named', 'AUTH', FROM_MAIL,
+                     'r', 'K' + note + ACCEPTED[1:]),
+            row('HELO only', TO_EHLO + 'S: 500 what?\nC: HELO me.example\n'
+                'S: 250 fake\n' + FROM_MAIL, 'r', 'K' + note + ACCEPTED[1:],
+                control={'smtproutes': self.ROUTE}),
+            self.row('MAIL refused', 'AUTH GSSAPI', MAIL
+                     + 'S: 550 no\nQ:', Like(
+                         'DConnected to 127.0.0.1 but sender was rejected.\n',
+                         note, 'Remote host said: 550 no\n')),
+            self.row('530: log in first', 'AUTH GSSAPI', MAIL
+                     + 'S: 530 log in\nQ:', Like(
+                         'ZConnected to 127.0.0.1 but sender was rejected.\n',
+                         note, 'Remote host said: 530 log in\n')),
+            self.row('recipients refused', 'AUTH GSSAPI', MAIL
+                     + 'S: 250 ok\n' + RCPT + 'S: 550 no\nQ:',
+                     Like('h127.0.0.1 does not like recipient.\n', '550 no'),
+                     Like('DGiving up on 127.0.0.1.\n', note)),
+            self.row('the message refused', 'AUTH GSSAPI', MAIL
+                     + TO_END[len(TO_MAIL):] + 'S: 550 no\nQ:',
+                     'r', Like('D127.0.0.1 failed after I sent the '
+                               'message.\n', note, '550 no\n'))])
+
+    def test_where_credentials_come_from(self):
+        secret = b'|' + self.USER + b'|' + self.PASSWORD
+        login = self.plain + 'S: 235 welcome\n' + FROM_MAIL
+        elsewhere = b':127.0.0.1:1'
+
+        def case(title, steps, authsenders, smtproutes=b':127.0.0.1:PORT'):
+            return self.row(title, 'AUTH PLAIN', steps, 'r', ACCEPTED,
+                            control={'smtproutes': smtproutes,
+                                     'authsenders': authsenders})
+        here = b':127.0.0.1:PORT'
+        self.play([
+            case('authsenders: the address', login,
+                 b'sender@here.example' + here + secret, elsewhere),
+            case('authsenders: without case', login,
+                 b'Sender@Here.EXAMPLE' + here + secret, elsewhere),
+            case('authsenders: the domain', login,
+                 b'@here.example' + here + secret, elsewhere),
+            case('authsenders: a suffix', login,
+                 b'.example' + here + secret, elsewhere),
+            case('authsenders: everybody', login, here + secret, elsewhere),
+            case('authsenders: the first hit counts', login,
+                 here + b'|other|one\n@here.example' + here + secret,
+                 elsewhere),
+            case('authsenders: the last duplicate wins', login,
+                 b'@here.example' + here + b'|other|one\n@here.example'
+                 + here + secret, elsewhere),
+            case('authsenders: no relay of its own', login,
+                 b'sender@here.example' + secret),
+            case('authsenders: another sender', FROM_MAIL,
+                 b'else@here.example' + here + secret),
+            case('authsenders: no password', FROM_MAIL,
+                 b'sender@here.example' + here + b'|' + self.USER),
+            case('authsenders: an empty password', FROM_MAIL,
+                 b'sender@here.example' + here + b'|' + self.USER + b'|'),
+            case('authsenders: an empty user', FROM_MAIL,
+                 b'sender@here.example' + here + b'||x'),
+            case('smtproutes without credentials', FROM_MAIL, None),
+            case('smtproutes for the host', login, None, elsewhere
+                 + b'\nthere.example' + here + secret),
+            case('smtproutes: the password keeps its end', login, None,
+                 here + secret + b' \n'),
+            case('smtproutes: a semicolon before the port', login, None,
+                 here.replace(b':PORT', b';PORT') + secret)])
+
+    def test_no_credentials_for_a_host_that_dns_chose(self):
+        secret = b'|' + self.USER + b'|' + self.PASSWORD
+        server = {'127.0.0.2': ACCEPT.replace(
+            'S: 250 fake\n', 'S: 250-fake\nS: 250 AUTH PLAIN LOGIN\n')}
+        report = Like('K127.0.0.2 accepted message.\n')
+        self.play([
+            row('authsenders', server, 'r', report,
+                control={'authsenders': b'sender@here.example' + secret}),
+            row('authsenders, empty relay', server, 'r', report,
+                control={'authsenders': b'@here.example::PORT' + secret}),
+            row('smtproutes', server, 'r', report,
+                control={'smtproutes': b'::PORT' + secret})])
+
+
+class Messages(Dialogues):
+    """The message, byte for byte."""
+
+    EXACT = [
+        ('an ordinary message', MESSAGE,
+         b'Subject: hello\r\n\r\nHello, world.\r\n'),
+        ('an empty message', b'', b''),
+        ('one empty line', b'\n', b'\r\n'),
+        ('dots', b'.\n..\n.a\na.\na.b\n',
+         b'..\r\n...\r\n..a\r\na.\r\na.b\r\n'),
+        ('CRLF stays', b'a\r\nb\r\n', b'a\r\nb\r\n'),
+        ('dots after CRLF', b'a\r\n.\r\nb\r\n', b'a\r\n..\r\nb\r\n'),
+        ('a bare CR ends a line', b'a\rb\n', b'a\r\nb\r\n'),
+        ('a dot after a bare CR', b'a\r.\nX\n', b'a\r\n..\r\nX\r\n'),
+        ('a dot between bare CRs', b'a\r.\rX\n', b'a\r\n..\r\nX\r\n'),
+        ('a dot between CR and CRLF', b'a\r.\r\nX\n', b'a\r\n..\r\nX\r\n'),
+        ('a dot between LF and CR', b'a\n.\rX\n', b'a\r\n..\r\nX\r\n'),
+        ('a smuggled message', b'a\r.\rMAIL FROM:<x@y>\n',
+         b'a\r\n..\r\nMAIL FROM:<x@y>\r\n'),
+        ('CR CR', b'a\r\rb\n', b'a\r\n\r\nb\r\n'),
+        ('CR CR LF', b'a\r\r\nb\n', b'a\r\n\r\nb\r\n'),
+        ('LF CR', b'a\n\rb\n', b'a\r\n\r\nb\r\n'),
+        ('CR first', b'\r.\n', b'\r\n..\r\n'),
+        ('NUL and 8-bit', bytes(range(14, 256)) + b'\0\n',
+         bytes(range(14, 256)) + b'\0\r\n'),
+        ('long lines', b'x' * 300000 + b'\n', b'x' * 300000 + b'\r\n'),
+        ('many dots', b'.\n' * 100000, b'..\r\n' * 100000),
+        ('CR at all offsets', b'ab\r.\n' * 70001,
+         b'ab\r\n' + b'..\r\nab\r\n' * 70000 + b'..\r\n'),
+        ('CRLF at all offsets', b'.\r\n' * 70001, b'..\r\n' * 70001)]
+
+    def test_exact(self):
+        self.play(row(title, ACCEPT, 'r', ACCEPTED, message=message,
+                      wire=wire) for title, message, wire in self.EXACT)
+
+    @staticmethod
+    def pipe(data):
+        """A function that opens a pipe with data in it."""
+        def opened():
+            reader, writer = os.pipe()
+            os.write(writer, data)
+            os.close(writer)
+            return reader
+        return opened
+
+    def test_pipes_and_partial_lines(self):
+        self.play([
+            row('through a pipe', ACCEPT, 'r', ACCEPTED,
+                stdin=self.pipe(b'.a\n'), wire=b'..a\r\n'),
+            row('an empty pipe', ACCEPT, 'r', ACCEPTED,
+                stdin=self.pipe(b''), wire=b''),
+            row('no final newline: nobody is called', [], PARTIAL,
+                message=b'a\nb', local=True),
+            row('one byte', [], PARTIAL, message=b'.', local=True),
+            row('no final newline through a pipe', TO_MESSAGE + 'T:',
+                'r', PARTIAL, stdin=self.pipe(b'a\nb'), local=True),
+            row('a dot without newline through a pipe', TO_MESSAGE + 'T:',
+                'r', PARTIAL, stdin=self.pipe(b'a\n.'), local=True)])
+
+    def test_starts_where_fd_0_stands(self):
+        def opened():
+            with tempfile.TemporaryFile() as f:
+                f.write(b'skipped, without newline;Hello\n')
+                f.flush()
+                fd = os.dup(f.fileno())
+            os.lseek(fd, 25, os.SEEK_SET)
+            return fd
+        self.play([row('an offset', ACCEPT, 'r', ACCEPTED, stdin=opened,
+                       wire=b'Hello\r\n')])
+
+    def test_unreadable(self):
+        """A failing fd 0 never becomes an end of data."""
+        before_the_dot = ['S: 220 fake\nC: *\nS: 250 fake\nC: MAIL*\n'
+                          'S: 250 ok\nC: RCPT*\nS: 250 ok\nC: DATA\n'
+                          'S: 354 go\nT:']
+        for title, path, mode in [
+                ('an I/O error', '/proc/self/mem', os.O_RDONLY),
+                ('write-only', os.devnull, os.O_WRONLY)]:
+            with self.subTest(title), \
+                    FakeSMTP(before_the_dot) as server, \
+                    Home(smtproutes=b':' + server.address.encode()) as home:
+                try:
+                    fd = os.open(path, mode)
+                except OSError as e:
+                    self.skipTest(str(e))
+                try:
+                    outcome = run_program(home, HOST, SENDER, RECIPIENTS[0],
+                                          stdin=fd)
+                finally:
+                    os.close(fd)
+                self.assertEqual(outcome.reports[-1], NO_MESSAGE.encode())
+                self.assertEqual((outcome.status, outcome.stderr), (0, b''))
+
+
+class Addresses(Dialogues):
+    """What goes out as MAIL and RCPT."""
+
+    SENT = [
+        ('plain@there.example', '<plain@there.example>'),
+        ('UPPER@There.Example', '<UPPER@There.Example>'),
+        ('no-at-sign', '<no-at-sign>'),
+        ('a b@there.example', '<"a b"@there.example>'),
+        ('a@b@there.example', '<"a@b"@there.example>'),
+        ('@there.example', '<""@there.example>'),
+        ('.a@there.example', '<".a"@there.example>'),
+        ('a.@there.example', '<"a."@there.example>'),
+        ('a..b@there.example', '<"a..b"@there.example>'),
+        ('a.b@there.example', '<a.b@there.example>'),
+        ('"a"@there.example', r'<"\"a\""@there.example>'),
+        ('a\\b@there.example', r'<"a\\b"@there.example>'),
+        ('a<b>@there.example', '<"a<b>"@there.example>'),
+        ('a>SIZE=1@there.example', '<"a>SIZE=1"@there.example>'),
+        ('(),:;[]@there.example', '<"(),:;[]"@there.example>'),
+        ('a\tb@there.example', '<"a\tb"@there.example>'),
+        ('a\x01b@there.example', '<"a\x01b"@there.example>'),
+        ('a\x7fb@there.example', '<"a\x7fb"@there.example>'),
+        ("!#$%&'*+-/=?^_`{|}~@there.example",
+         "<!#$%&'*+-/=?^_`{|}~@there.example>"),
+        ('a@[127.0.0.1]', '<a@[127.0.0.1]>'),
+        ('a@_x', '<a@_x>'),
+        ('l' * 100 + '@there.example', '<%s@there.example>' % ('l' * 100)),
+        ('a@' + 'd' * 300, '<a@%s>' % ('d' * 300)),
+        ('%s@there.example' % ('"' * 70),
+         '<"%s"@there.example>' % (r'\"' * 70))]
+
+    REFUSED = [
+        'a\nb@there.example', 'a\rb@there.example',
+        'a@there.example\r\nRCPT TO:<x@y>', 'a@there.example\nDATA',
+        'a\r\nDATA\r\n@there.example', 'a@there. example',
+        'a@there.example> SIZE=1', 'a@<there.example', 'a@there.example ',
+        'a\nb', '\r']
+
+    @staticmethod
+    def talk(recipients):
+        return (TO_RCPT[:-len(RCPT)]
+                + ''.join('C: RCPT TO:%s\nS: 250 ok\n' % x
+                          for x in recipients)
+                + 'C: DATA\nS: 354 go\nD:\nS: 250 queued\nQ:')
+
+    def test_recipients(self):
+        sent = [wire for _, wire in self.SENT]
+        self.play([
+            row('sent', self.talk(sent), *['r'] * len(sent) + [ACCEPTED],
+                recipients=[address for address, _ in self.SENT]),
+            row('never sent', self.talk(['<one@there.example>']),
+                *[Like('h', '#5.1.3')] * len(self.REFUSED) + ['r', ACCEPTED],
+                recipients=self.REFUSED + RECIPIENTS[:1], local=True),
+            row('only one, and never sent', TO_MAIL + 'S: 250 ok\nQ:',
+                Like('h', '#5.1.3'), Like('D'), recipients=['a@b\rc'],
+                quiet=True, local=True),
+            row('not ASCII, and no SMTPUTF8',
+                self.talk(['<one@there.example>']),
+                Like('h', '#5.6.7'), Like('h', '#5.6.7'), Like('h'), 'r',
+                ACCEPTED, recipients=[
+                    'm\u00fcller@there.example'.encode(),
+                    'a@m\u00fcller.example'.encode(),
+                    b'm\xfcller@there.example'] + RECIPIENTS[:1],
+                local=True)])
+
+    def test_senders(self):
+        hello = TO_EHLO + 'S: 250 fake\nQ:'
+        rows = [row('sender %r' % sender, ACCEPT.replace(
+                    '<sender@here.example>', wire), 'r', ACCEPTED,
+                    sender=sender) for sender, wire in [
+                        ('no-at-sign', '<no-at-sign>'),
+                        ('a b@c', '<"a b"@c>'), ('a@b@c', '<"a@b"@c>'),
+                        ('x> SIZE=1@c', '<"x> SIZE=1"@c>'),
+                        ('#@[]', '<#@[]>')]]
+        rows += [row('sender %r' % sender, hello, Like('D', '#5.1.7'),
+                     sender=sender, quiet=True, local=True)
+                 for sender in self.REFUSED[::2]]
+        rows.append(row('sender not ASCII, and no SMTPUTF8', hello,
+                        Like('D', '#5.6.7'), local=True,
+                        sender='m\u00fcller@here.example'.encode()))
+        self.play(rows)
+
+    def test_very_many(self):
+        many = ['r%d@there.example' % i for i in range(MANY)]
+        self.play([row('%d recipients' % MANY,
+                       self.talk('<%s>' % x for x in many),
+                       *['r'] * MANY + [ACCEPTED], recipients=many)])
+
+    def test_long_replies_for_many(self):
+        """Reports of some length for all are kept, and printed in order."""
+        many = ['r%d@there.example' % i for i in range(300)]
+        script = TO_RCPT[:-len(RCPT)] + ''.join(
+            'C: RCPT TO:<%s>\nS: 550 no %d %s\n' % (x, i, 'x' * 400)
+            for i, x in enumerate(many)) + 'Q:'
+        self.play([row('300 refusals', script, *[
+            Like('h127.0.0.1 does not like recipient.\n', '550 no %d ' % i)
+            for i in range(300)] + ['DGiving up on 127.0.0.1.\n'],
+            recipients=many)])
+
+
+class Exchangers(Dialogues):
+    """Which servers are tried, in what order, and what is said of it."""
+
+    TWO = '127.0.0.2', '127.0.0.3'
+    SECOND = Like('K127.0.0.3 accepted message.\n'
+                  'Remote host said: 250 queued\n')
+
+    def test_order(self):
+        third = dict.fromkeys(['127.0.0.2', '127.0.0.3', '127.0.0.4'], [])
+        third['127.0.0.4'] = ACCEPT
+        order = {(HOST, 'MX'): [(20, 'b.example'), (0, 'c.example'),
+                                (65535, 'a.example')],
+                 ('a.example', 'A'): ['127.0.0.2'],
+                 ('b.example', 'A'): ['127.0.0.3'],
+                 ('c.example', 'A'): ['127.0.0.4']}
+        k4 = 'K127.0.0.4 accepted message.\nRemote host said: 250 queued\n'
+        k2 = k4.replace('.4', '.2')
+        one, two = {'127.0.0.2': ACCEPT}, {'127.0.0.2': ACCEPT,
+                                           '127.0.0.3': []}
+        a2 = {(HOST, 'A'): ['127.0.0.2']}
+        mx = (HOST, 'MX')
+
+        def case(title, script, report, records, **options):
+            return row(title, script, 'r', report, records=records, **options)
+        self.play([
+            case('by preference', third, k4, order),
+            case('the first, and nobody else', two, k2, None),
+            case('no MX: A', one, k2, a2),
+            case('host in upper case', one, k2, a2, host='THERE.Example'),
+            case('host with a final dot', one, k2, a2, host=HOST + '.'),
+            case('host is an alias', one, k2, {
+                (HOST, 'CNAME'): ['real.example'],
+                ('real.example', 'MX'): [(1, 'mx.example')],
+                ('mx.example', 'A'): ['127.0.0.2']}),
+            case('an exchanger is an alias', one, k2, {
+                mx: [(1, 'mx.example')],
+                ('mx.example', 'CNAME'): ['real.example'],
+                ('real.example', 'A'): ['127.0.0.2']}),
+            case('an exchanger that is the root is skipped', one, k2, {
+                mx: [(0, '.'), (5, 'mx.example')],
+                ('mx.example', 'A'): ['127.0.0.2']}),
+            case('one exchanger does not exist', one, k2, {
+                mx: [(0, 'none.example'), (5, 'mx.example')],
+                ('mx.example', 'A'): ['127.0.0.2']}),
+            case('one exchanger fails for now', one, k2, {
+                mx: [(0, 'fails.example'), (5, 'mx.example')],
+                ('fails.example', 'TXT'): [],
+                ('mx.example', 'A'): ['127.0.0.2']},
+                overrides={('fails.example', '*'): {'rcode': 2}}),
+            case('a truncated answer: TCP', one, k2, a2,
+                 overrides={(HOST, '*'): {'truncate': True}}),
+            case('forged answers, then the real one', one, k2, a2,
+                 overrides={(HOST, 'A'): self.forged}),
+            case('a literal host asks nobody', one, k2, {},
+                 host='[127.0.0.2]'),
+            case('a bare literal host', one, k2, {}, host='127.0.0.2'),
+            case('duplicates are dropped', {'127.0.0.2': 'close',
+                                            '127.0.0.3': ACCEPT},
+                 self.SECOND, {
+                     mx: [(1, 'x.example'), (1, 'x.example'),
+                          (2, 'y.example'), (3, 'z.example')],
+                     ('x.example', 'A'): ['127.0.0.2'],
+                     ('y.example', 'A'): ['127.0.0.2', '127.0.0.2'],
+                     ('z.example', 'A'): ['127.0.0.3']})])
+
+    def forged(self, query, question, via):
+        good = dns_message(question, [
+            dns_record(HOST, 'A', '127.0.0.2')])
+        lie = dns_record(HOST, 'A', '127.0.0.9')
+        return [b'', query[:12], query,
+                dns_message(question, [lie], id_=question.id ^ 1),
+                dns_message(question._replace(name='x.example'), [lie]),
+                dns_message(question._replace(type='AAAA'), [lie]),
+                dns_message(question, [lie], flags=0x0180), good]
+
+    @unittest.skipUnless(socket.has_ipv6, 'no IPv6 here')
+    def test_ipv6(self):
+        try:
+            FakeSMTP(host='::1').close()
+        except OSError:
+            self.skipTest('no IPv6 loopback')
+        k = 'K::1 accepted message.\nRemote host said: 250 queued\n'
+        both = {(HOST, 'MX'): [(1, 'mx.example')],
+                ('mx.example', 'AAAA'): ['::1'],
+                ('mx.example', 'A'): ['127.0.0.2']}
+        self.play([
+            row('AAAA only', {'::1': ACCEPT}, 'r', k),
+            row('a literal', {'::1': ACCEPT}, 'r', k, host='[::1]',
+                records={}),
+            row('a literal with a tag', {'::1': ACCEPT}, 'r', k,
+                host='[IPv6:0:0::1]', records={}),
+            row('IPv4 comes first', {'127.0.0.2': ACCEPT, '::1': []}, 'r',
+                'K127.0.0.2 accepted message.\nRemote host said: '
+                '250 queued\n', records=both),
+            row('then IPv6', {'127.0.0.2': None, '::1': ACCEPT}, 'r',
+                Like(k), records=both),
+            row('an IPv6 relay', {'::1': ACCEPT}, 'r', k, records={},
+                control={'smtproutes': b':[::1]:PORT'}),
+            row('an IPv6 relay in the long form', {'::1': ACCEPT}, 'r', k,
+                records={}, control={'smtproutes': b':[0:0:0::0:1];PORT'}),
+            row('::1 is our own', {'::1': []}, OWN, local=True,
+                control={'notipme': None})])
+
+    def test_the_next_one(self):
+        """Until MAIL is accepted, whatever goes wrong means: next."""
+        hello = TO_EHLO + 'S: 250 fake\n' + MAIL
+        steps = [
+            ('no connection', None), ('close', 'close'), ('reset', 'reset'),
+            ('4xx greeting', 'S: 450 later\nC: QUIT\n'),
+            ('5xx greeting', 'S: 554 no\nC: QUIT\n'),
+            ('421 greeting', 'S: 421 busy\nQ:'),
+            ('garbage', 'S: welcome\nQ:'),
+            ('EHLO 4xx', TO_EHLO + 'S: 450 later\nC: QUIT'),
+            ('EHLO and HELO 5xx', TO_EHLO + 'S: 550 no\nC: HELO me.example\n'
+             'S: 550 no\nC: QUIT\nS: 221 bye'),
+            ('EHLO lost', TO_EHLO + 'close'),
+            ('EHLO garbage', TO_EHLO + 'S: hello\nQ:'),
+            ('MAIL 4xx', hello + 'S: 450 later\nC: QUIT'),
+            ('MAIL 5xx', hello + 'S: 550 no\nC: QUIT'),
+            ('MAIL 421', hello + 'S: 421 busy\nQ:'),
+            ('MAIL lost', hello + 'close'),
+            ('MAIL garbage', hello + 'S: 25\nQ:')]
+        self.play(row('next after ' + title,
+                      {'127.0.0.2': script, '127.0.0.3': ACCEPT},
+                      'r', self.SECOND) for title, script in steps)
+
+    def test_then_final(self):
+        """From the first accepted MAIL on, the server has the last word."""
+        died = DIED.replace(IP, '127.0.0.2')
+        no = 'Remote host said: 550 no\n'
+        self.play(row(title, {'127.0.0.2': script, '127.0.0.3': []},
+                      *reports) for title, script, reports in [
+            ('RCPT 5xx', TO_RCPT + 'S: 550 no\nQ:',
+             ['h127.0.0.2 does not like recipient.\n' + no,
+              'DGiving up on 127.0.0.2.\n']),
+            ('RCPT lost', TO_RCPT + 'close', [died]),
+            ('DATA 5xx', TO_DATA + 'S: 550 no\nQ:',
+             ['r', 'D127.0.0.2 failed on DATA command.\n' + no]),
+            ('DATA lost', TO_DATA + 'close', ['r', died]),
+            ('end of data lost', TO_END + 'close',
+             ['r', TWICE.replace(IP, '127.0.0.2')])])
+
+    def test_none_left(self):
+        mail = TO_EHLO + 'S: 250 fake\n' + MAIL
+
+        def z(address, text, reply):
+            return Like('ZConnected to 127.0.0.%d but %s.\n'
+                        'Remote host said: %s\n' % (address, text, reply),
+                        '\n127.0.0.2: ', '\n127.0.0.3: ')
+
+        def case(title, first, second, report):
+            return row(title, {'127.0.0.2': first, '127.0.0.3': second},
+                       report)
+        no, later = mail + 'S: 550 no\nQ:', mail + 'S: 450 later\nQ:'
+        rejected = 'sender was rejected'
+        self.play([
+            case('both refuse MAIL for good', no, no, Like(
+                'DConnected to 127.0.0.2 but sender was rejected.\n'
+                'Remote host said: 550 no\n', '\n127.0.0.2: ',
+                '\n127.0.0.3: ')),
+            case('5xx and 4xx to MAIL', no, later, z(2, rejected, '550 no')),
+            case('4xx and 5xx to MAIL', later, no,
+                 z(2, rejected, '450 later')),
+            case('530 to MAIL is no refusal for good', no,
+                 mail + 'S: 530 log in\nQ:', z(2, rejected, '550 no')),
+            case('one refuses MAIL, one is not there', no, None,
+                 z(2, rejected, '550 no')),
+            case('one is not there, one refuses MAIL', None, no,
+                 z(3, rejected, '550 no')),
+            case('one refuses MAIL, one the greeting', no, 'S: 554 no\nQ:',
+                 z(2, rejected, '550 no')),
+            case('one dies, one refuses', 'close', 'S: 554 no\nQ:',
+                 z(3, 'greeting failed', '554 no')),
+            case('one refuses, one dies', 'S: 450 later\nQ:', 'close',
+                 z(2, 'greeting failed', '450 later')),
+            case('nobody is there', None, None,
+                 Like(UNREACHED, '\n127.0.0.2: ', '\n127.0.0.3: ')),
+            case('both die', 'close', 'reset', Like('Z', '127.0.0.2')),
+            row('one refuses MAIL, one has no address for now', {
+                '127.0.0.2': no}, Like('ZConnected to 127.0.0.2 but sender '
+                                       'was rejected.\n'), records={
+                    (HOST, 'MX'): [(1, 'mx.example'), (2, 'x.example')],
+                    ('mx.example', 'A'): ['127.0.0.2']},
+                overrides={('x.example', '*'): {'rcode': 2}}),
+            row('120 exchangers', dict.fromkeys(
+                '127.0.1.%d' % i for i in range(1, 121)), Like(UNREACHED))])
+
+    def test_what_dns_says(self):
+        none = {'127.0.0.2': []}
+        mx, a = (HOST, 'MX'), (HOST, 'A')
+        no_host = ("DSorry, I couldn't find any host named there.example. "
+                   "(#5.1.2)\n")
+        no_address = ("DSorry, I couldn't find a mail exchanger or IP "
+                      "address. (#5.4.4)\n")
+
+        def case(title, report, records, **options):
+            return row(title, none, report, records=records, local=True,
+                       **options)
+
+        def named(host):
+            return case('host ' + repr(host),
+                        "DSorry, I couldn't find any host named %s. "
+                        "(#5.1.2)\n" % host.replace(' ', '?'), {}, host=host)
+        relay = ("ZSorry, I couldn't find the relay relay.example. "
+                 "(#4.4.4)\n")
+        to_relay = {'smtproutes': b':relay.example:PORT'}
+        self.play([
+            case('no such host', no_host, {}),
+            case('a host without addresses', no_address, {
+                (HOST, 'TXT'): [b'\1x']}),
+            case('exchangers without addresses', no_address, {
+                mx: [(1, 'mx.example')], ('mx.example', 'TXT'): [b'\1x']}),
+            case('null MX', 'DSorry, there.example does not accept mail. '
+                 '(#5.1.10)\n', {mx: [(0, '.')], a: ['127.0.0.2']}),
+            case('null MX, whatever the preference',
+                 'DSorry, there.example does not accept mail. (#5.1.10)\n',
+                 {mx: [(9, '.')]}),
+            case('MX fails for now: no A instead', NO_HOST_NOW, {
+                a: ['127.0.0.2']}, overrides={mx: {'rcode': 2}}),
+            case('MX refused', NO_HOST_NOW, {a: ['127.0.0.2']},
+                 overrides={mx: {'rcode': 5}}),
+            case('A fails for now', NO_HOST_NOW, {(HOST, 'TXT'): [b'\1x']},
+                 overrides={a: {'rcode': 2}}),
+            case('all exchangers fail for now', NO_HOST_NOW, {
+                mx: [(1, 'mx.example')]},
+                overrides={('mx.example', '*'): {'rcode': 2}}),
+            case('a loop of aliases', Like('Z'), {
+                (HOST, 'CNAME'): ['x.example'],
+                ('x.example', 'CNAME'): [HOST]}),
+            case('no such relay', relay, {}, control=to_relay),
+            case('a relay without addresses', Like(
+                "ZSorry, I couldn't find the relay relay.example."), {
+                    ('relay.example', 'TXT'): [b'\1x']}, control=to_relay),
+            case('a relay fails for now', NO_HOST_NOW, {}, control=to_relay,
+                 overrides={('relay.example', '*'): {'rcode': 2}}),
+            case('no such relay in authsenders', relay, {}, control={
+                'authsenders': b':relay.example:PORT|user|password'}),
+            named('no such'), named('a..b.example'), named('.'), named(''),
+            named('x' * 64 + '.example'), named('[300.1.1.1]'),
+            named('[1.2.3]'), named('[::1'), named('[4294967297.1.1.1]'),
+            named('a<b>.example'), named('.'.join(['x' * 60] * 5)),
+            case('control bytes and 8-bit in a host name',
+                 Like("DSorry, I couldn't find any host named ??there."), {},
+                 host=b'\x01\xffthere.example'),
+            case('no name server', NO_HOST_NOW, {},
+                 env={'DNSCACHEIP': '127.0.0.1:1'})])
+
+    def test_relays(self):
+        relay = {'127.0.0.1': ACCEPT}
+        k = 'K127.0.0.1 accepted message.\nRemote host said: 250 queued\n'
+        here = b':127.0.0.1:PORT\n'
+
+        def case(title, routes, **options):
+            options.setdefault('records', {})
+            return row(title, relay, 'r', k, **dict(
+                options, control={'smtproutes': routes, 'notipme': None}))
+        self.play([
+            case('a relay by name: A only, and our own', b':relay.example:'
+                 b'PORT', records={
+                     ('relay.example', 'A'): ['127.0.0.1'],
+                     ('relay.example', 'MX'): [(1, 'x.example')]}),
+            case('the whole host', b'.example:127.0.0.1:1\n:127.0.0.1:1\n'
+                 b'there.example' + here),
+            case('a suffix', b'there.exampl' + here + b'example:127.0.0.1:1'
+                 b'\n.example' + here + b':127.0.0.1:1'),
+            case('the longest suffix', b'.example:127.0.0.1:1\n'
+                 b'.there.example' + here, host='x.there.example'),
+            case('without case', b'THERE.example' + here),
+            case('the last duplicate', b'there.example:127.0.0.1:1\n'
+                 b'There.Example' + here),
+            case('comments, blank lines, lines without colon, blanks',
+                 b'# x\n\n \t\n#:127.0.0.1:1\nthere.example\n:127.0.0.1:PORT'
+                 b' \t\n'),
+            case('brackets', b':[127.0.0.1]:PORT'),
+            case('no final newline', here.rstrip()),
+            case('a literal host', here, host='[10.0.0.1]'),
+            case('a host that is none', here, host='a b')])
+
+    def test_own_addresses(self):
+        first = {(HOST, 'MX'): [(1, 'a.example'), (2, 'b.example')],
+                 ('a.example', 'A'): ['127.0.0.2'],
+                 ('b.example', 'A'): ['127.0.0.1']}
+
+        def case(title, records, report=OWN, **options):
+            return row(title, {'127.0.0.2': []}, report, local=True,
+                       **dict(options, records=records))
+        best = dict(first)
+        best[HOST, 'MX'] = [(2, 'a.example'), (1, 'b.example')]
+        equal = dict(first)
+        equal[HOST, 'MX'] = [(1, 'a.example'), (1, 'b.example')]
+        self.play([
+            case('own address', {(HOST, 'A'): ['127.0.0.1']}),
+            case('127/8', {(HOST, 'A'): ['127.255.255.1']}),
+            case('0.0.0.0', {(HOST, 'A'): ['0.0.0.0']}),
+            case('::', {(HOST, 'AAAA'): ['::']}),
+            case('own address best', best), case('one of the best', equal),
+            case('a literal', {}, host='[127.0.0.1]'),
+            case('moreipme', {(HOST, 'A'): ['192.0.2.1']},
+                 control={'moreipme': b'192.0.2.1\n'}),
+            case('a better one fails for now', first, NO_HOST_NOW,
+                 overrides={('a.example', '*'): {'rcode': 2}}),
+            row('none that is worse is called',
+                {'127.0.0.2': 'S: 450 later\nQ:', '127.0.0.1': []},
+                'ZConnected to 127.0.0.2 but greeting failed.\n'
+                'Remote host said: 450 later\n', records=first,
+                control={'notipme': b'127.0.0.2'}),
+            row('notipme beats moreipme', {'127.0.0.2': ACCEPT}, 'r',
+                'K127.0.0.2 accepted message.\n'
+                'Remote host said: 250 queued\n',
+                control={'moreipme': b'127.0.0.2'})])
+
+
+class Tcpto(unittest.TestCase):
+    """queue/lock/tcpto, seen from outside."""
+
+    @staticmethod
+    def record(address, count, when):
+        return (socket.inet_aton(address) + bytes([count]) + b'xyz'
+                + struct.pack('<L', int(when)) + b'rest')
+
+    def deliver(self, home, port):
+        home.write('smtproutes', b':127.0.0.9:%d' % port)
+        home.write('timeoutconnect', b'1')
+        outcome = run_program(home, HOST, SENDER, RECIPIENTS[0])
+        with open(home.tcpto, 'rb') as f:
+            return outcome, f.read()
+
+    def put(self, home, data):
+        with open(home.tcpto, 'wb') as f:
+            f.write(data)
+
+    def test_a_connect_timeout(self):
+        """What becomes of the table; a full backlog drops what knocks."""
+        now, us = time.time(), '127.0.0.9'
+        others = [self.record('10.0.0.%d' % i, 1, now - 10 * i)
+                  for i in range(64)]
+        busy = bytes(16) + self.record(us, 1, now - 300)
+        cases = [       # title, before, and after: which record, its count
+            ('an address not listed', b'', 0, 1),
+            ('the first free place', others[0] + bytes(16) + others[1], 1, 1),
+            ('a minute later', self.record(us, 1, now - 60), None, 1),
+            ('after two minutes', bytes(16) + self.record(us, 1, now - 130),
+             1, 2),
+            ('a record not in use', self.record(us, 0, now - 5), 0, 1),
+            ('no more than 10', self.record(us, 10, now - 92 * 64), 0, 10),
+            ('no free place: the stalest', b''.join(others), 63, 1),
+            ('busy: do without', busy, None, 1)]
+        with contextlib.ExitStack() as stack:
+            full = stack.enter_context(socket.socket())
+            full.bind((us, 0))
+            full.listen(0)
+            for _ in range(8):
+                knock = stack.enter_context(socket.socket())
+                knock.setblocking(False)
+                knock.connect_ex(full.getsockname())
+                if not select.select([], [knock], [], 0.1)[1]:
+                    break
+            else:
+                self.skipTest('this system takes more than the backlog')
+            port = full.getsockname()[1]
+
+            def attempt(case):
+                with Home() as home, open(home.tcpto, 'rb') as lock:
+                    self.put(home, case[1].ljust(1024, b'\0'))
+                    if case[1] is busy:
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                    return self.deliver(home, port)
+            with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+                results = list(pool.map(attempt, cases))
+        for (title, before, at, count), (outcome, after) in zip(cases,
+                                                                results):
+            with self.subTest(title):
+                self.assertEqual(outcome.reports, [UNREACHED.encode()])
+                self.assertLess(outcome.seconds, 5)
+                wanted = bytearray(before.ljust(1024, b'\0'))
+                if at is not None:
+                    start = 16 * at
+                    wanted[start:start + 4] = socket.inet_aton(us)
+                    wanted[start + 4] = count
+                    wanted[start + 8:start + 12] = after[start + 8:start + 12]
+                    then, = struct.unpack_from('<L', after, start + 8)
+                    self.assertLess(abs(then - now), 20)
+                self.assertEqual(after, bytes(wanted))
+
+    def test_skip_and_forget(self):
+        now = time.time()
+        cases = [
+            ('two timeouts', 2, now - 200, False),
+            ('in future, a clock set back', 2, now + 3600, True),
+            ('one timeout', 1, now - 5, True),
+            ('long ago', 10, now - 91 * 64 - 99, True),
+            ('not yet long ago', 10, now - 59 * 64, False)]
+        for title, count, when, called in cases:
+            with self.subTest(title), Home() as home, \
+                    FakeSMTP(ACCEPT if called else [], '127.0.0.9') as server:
+                data = self.record('127.0.0.9', count, when).ljust(1024, b'\0')
+                self.put(home, data)
+                outcome, table = self.deliver(home, server.port)
+                server.close()
+                self.assertIsNone(server.error)
+                if called:
+                    self.assertEqual(outcome.verdict, 'K')
+                    data = data[:4] + b'\0' + data[5:]
+                else:
+                    self.assertEqual(outcome.reports[0], UNREACHED.encode())
+                self.assertEqual(table, data)
+
+    def test_damaged_tables(self):
+        """Do without, and leave the file as it is."""
+        for title, data in [('empty', b''), ('short', b'x' * 15),
+                            ('1000 bytes', bytes(1000)), ('none', None)]:
+            with self.subTest(title), Home() as home, \
+                    FakeSMTP(ACCEPT, '127.0.0.9') as server:
+                if data is None:
+                    os.unlink(home.tcpto)
+                    os.mkdir(home.tcpto)
+                    home.write('smtproutes', b':127.0.0.9:%d' % server.port)
+                    outcome = run_program(home, HOST, SENDER, RECIPIENTS[0])
+                else:
+                    self.put(home, data)
+                    outcome, table = self.deliver(home, server.port)
+                    self.assertEqual(table, data)
+                self.assertEqual(outcome.verdict, 'K')
+
+
+# ------------------------------------------ The process from outside
+
+def bin_with_python3():
+    """A directory for $PATH where python3 is the Python of this run."""
+    path = tempfile.mkdtemp(prefix='qmail-')
+    os.symlink(sys.executable, os.path.join(path, 'python3'))
+    return path
+
+
+def children_of(pid):
+    """The processes whose parent is pid; none without /proc."""
+    found = []
+    for name in os.listdir('/proc') if os.path.isdir('/proc') else ():
+        try:
+            with open('/proc/%s/stat' % name, 'rb') as f:
+                fields = f.read().rpartition(b')')[2].split()
+        except OSError:
+            continue
+        if name.isdigit() and int(fields[1]) == pid:
+            found.append(int(name))
+    return found
+
+
+class Hanging:
+    """A delivery, begun, to a server that never says a word."""
+
+    def __init__(self, command):
+        self.server, self.bin = FakeSMTP('hang'), bin_with_python3()
+        self.home = Home(smtproutes=b':' + self.server.address.encode(),
+                         timeoutremote=b'60')
+        with tempfile.TemporaryFile() as body:
+            self.child = subprocess.Popen(
+                command + [HOST, SENDER, RECIPIENTS[0]], stdin=body,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={'PATH': self.bin + ':/usr/bin:/bin',
+                     'QMAILHOME': self.home.path})
+        end = time.monotonic() + 10
+        while not self.server.connections and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def verdict(self):
+        """The letter that the end of it amounts to, and stderr."""
+        output, stderr = self.child.communicate(timeout=15)
+        return rspawn_verdict(self.child.returncode, output), stderr
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.child.poll() is None:
+            self.child.kill()
+            self.child.wait()
+        self.child.stdout.close()
+        self.child.stderr.close()
+        self.server.close()
+        shutil.rmtree(self.bin)
+        self.home.__exit__()
+
+
+class Process(unittest.TestCase):
+    """Usage, control files, descriptors, limits, signals, and the sh form.
+
+    Delivers to a server that accepts, unless a test says otherwise."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.kill_a_sh()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.killed.__exit__()
+
+    def setUp(self):
+        self.server = FakeSMTP([ACCEPT] * 40)
+        self.addCleanup(self.server.close)
+        self.home = Home(smtproutes=b':' + self.server.address.encode())
+        self.addCleanup(self.home.__exit__)
+        self.bin = bin_with_python3()
+        self.addCleanup(shutil.rmtree, self.bin)
+        self.sh = ['/bin/sh', PROGRAM]
+        self.path = {'PATH': self.bin + ':/usr/bin:/bin'}
+
+    def run_it(self, *args, home=None, **options):
+        return run_program(home or self.home,
+                           *(args or (HOST, SENDER, RECIPIENTS[0])),
+                           **options)
+
+    def run_sh(self, *args, **options):
+        env = dict(self.path, **options.pop('env', {}))
+        return self.run_it(*args, env=env, **dict({'command': self.sh},
+                                                   **options))
+
+    def shell(self, line, form=None):
+        """A command that runs the program by a line of sh, as "$@"."""
+        return ['/bin/sh', '-c', line, 'sh'] + (
+            form or [sys.executable, '-IS', PROGRAM])
+
+    def check(self, outcome, *reports):
+        self.assertEqual(outcome.reports, [r.encode() for r in reports])
+        self.assertEqual((outcome.status, outcome.stderr), (0, b''))
+        self.assertEqual(outcome.output[-1:], b'\0')
+
+    def check_accepted(self, outcome):
+        self.check(outcome, 'r', ACCEPTED)
+        self.assertIsNone(self.server.error)
+
+    def check_sane(self, outcome):
+        """Accepted, or a deferral; nothing else."""
+        if outcome.verdict == 'K':
+            self.assertEqual(outcome.reports, [b'r', ACCEPTED.encode()])
+        else:
+            self.assertEqual(outcome.verdict, 'Z')
+        self.assertEqual(outcome.stderr, b'')
+
+    def test_usage(self):
+        usage = 'DI (qmail-remote) was invoked improperly. (#5.3.5)\n'
+        for args in ([], [HOST], [HOST, SENDER]):
+            self.check(run_program(self.home, *args), usage)
+            self.check(run_program(self.home, *args, command=self.sh,
+                                   env=self.path), usage)
+
+    def test_home(self):
+        home = 'ZUnable to switch to home directory. (#4.3.0)\n'
+        for path, report in [('/nonexistent', home), (PROGRAM, home),
+                             (self.bin, NO_CONTROL)]:
+            self.check(self.run_it(env={'QMAILHOME': path}), report)
+
+    def test_control_files(self):
+        """Every one of them exists and is no good, or is missing."""
+        here = b':127.0.0.1:%d' % self.server.port
+        many = b'x' * (1 << 20)
+        bad = [
+            ('me', None), ('me', b''), ('me', b'\n'), ('me', b' \t\n'),
+            ('me', b'a\rb'), ('me', b'me.example\r\n'), ('me', b'a\0b'),
+            ('me', many + b'\n'), ('me', b'\nme.example\n'),
+            ('helohost', b''), ('helohost', b' \n'), ('helohost', b'a\0'),
+            ('smtproutes', b':relay.example:0'),
+            ('smtproutes', b':relay.example:65536'),
+            ('smtproutes', b':relay.example:abc'),
+            ('smtproutes', b':relay.example:-1'),
+            ('smtproutes', b':relay.example:+1'),
+            ('smtproutes', b':relay.example:25 25'),
+            ('smtproutes', b':relay.example:\xb2'),
+            ('smtproutes', b':relay.example:' + b'9' * 5000),
+            ('smtproutes', here + b'\r\n'),
+            ('smtproutes', here + b'|us\rer|pass'),
+            ('smtproutes', here + b'|user|pa\0ss'),
+            ('smtproutes', b'#' * (1 << 20) + b'\n' + here),
+            ('authsenders', here + b'|us\rer|pass'),
+            ('authsenders', here + b'|user|pa\0ss'),
+            ('authsenders', b':relay.example:65536|user|pass'),
+            ('authsenders', b'|user|pa\rss')]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            def attempt(case):
+                with Home(smtproutes=here) as home:
+                    home.write(*case)
+                    return self.run_it(home=home)
+            for case, outcome in zip(bad, pool.map(attempt, bad)):
+                with self.subTest('%s: %.60r' % case):
+                    self.check(outcome, NO_CONTROL)
+
+    def test_control_files_of_other_kinds(self):
+        for kind in (os.mkdir, os.mkfifo, lambda path: os.symlink('.', path),
+                     lambda path: os.symlink(path, path)):
+            for name in ('me', 'helohost', 'smtproutes', 'authsenders',
+                         'timeoutconnect', 'timeoutremote'):
+                with self.subTest(name), Home() as home:
+                    home.write(name, None)
+                    kind(os.path.join(home.path, 'control', name))
+                    outcome = self.run_it(home=home, timeout=10)
+                    if kind is os.mkfifo:       # an error, or empty
+                        self.assertEqual(outcome.verdict, 'Z')
+                    else:
+                        self.check(outcome, NO_CONTROL)
+
+    def test_good_control_files(self):
+        here = b':127.0.0.1:%d' % self.server.port
+        good = [
+            ('helohost', b'me.example \t\nsecond line'),
+            ('me', b'me.example'), ('me', b'me.example\n\n\r\0'),
+            ('timeoutremote', b'9' * 5000), ('timeoutremote', b''),
+            ('timeoutremote', b' 7'), ('timeoutremote', b'-5'),
+            ('timeoutremote', b'\xb2'), ('timeoutconnect', b'60 seconds'),
+            ('timeoutconnect', b'1_0\r\n'), ('timeoutremote', b'abc'),
+            ('smtproutes', here + b'\n#' + b'x' * 1000000),
+            ('smtproutes', here + b'\nno colon, CR \r and NUL \0'),
+            ('smtproutes', here + b'||pass'), ('authsenders', b'# none\n')]
+        for case in good:
+            with self.subTest('%s: %.60r' % case), \
+                    Home(smtproutes=here) as home:
+                home.write(*case)
+                outcome = self.run_it(home=home)
+                self.check(outcome, 'r', ACCEPTED)
+
+    def test_stdout(self):
+        """Nobody to tell: exit 0, and silently."""
+        for line in ('exec "$@" >/dev/full', 'exec "$@" >&-',
+                     'exec "$@" <&- >&-', 'exec "$@" >&- 2>&-',
+                     'exec "$@" <&- >&- 2>&-'):
+            with self.subTest(line):
+                outcome = self.run_it(command=self.shell(line))
+                self.assertEqual((outcome.status, outcome.output,
+                                  outcome.stderr), (0, b'', b''))
+        self.server.close()
+        for command in self.server.commands:
+            self.assertNotIn(b'\0', command)
+            self.assertNotIn(b'#4', command)
+
+    def test_a_reader_that_left(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with tempfile.TemporaryFile() as body:
+            for restore in (True, False):
+                child = subprocess.Popen(
+                    [sys.executable, '-IS', PROGRAM, HOST, SENDER, 'a@b'],
+                    stdin=body, stdout=writer, stderr=subprocess.PIPE,
+                    env={'QMAILHOME': '/nonexistent'},
+                    restore_signals=restore)
+                stderr = child.communicate(timeout=20)[1]
+                self.assertEqual((child.returncode, stderr), (0, b''))
+        os.close(writer)
+
+    def test_stdin(self):
+        for line in ('exec "$@" <&-', 'exec "$@" <&- 2>&-'):
+            with self.subTest(line):
+                self.check(self.run_it(command=self.shell(line)), NO_MESSAGE)
+                self.check(self.run_it(command=self.shell(line, self.sh),
+                                       env=self.path), NO_MESSAGE)
+        with self.subTest('a directory'):
+            outcome = self.run_sh(command=self.shell('exec "$@" </',
+                                                     self.sh))
+            self.assertEqual((outcome.verdict, outcome.stderr), ('Z', b''))
+
+    def test_stderr(self):
+        outcome = self.run_it(command=self.shell('exec "$@" 2>&-'))
+        self.check_accepted(outcome)
+        outcome = self.run_it(command=self.shell('exec "$@" 2>&1'))
+        self.check_accepted(outcome)
+        outcome = self.run_sh(command=self.shell('exec "$@" 2>&1', self.sh))
+        self.check_accepted(outcome)
+
+    def test_the_sh_form(self):
+        self.check_accepted(self.run_sh())
+        if os.access(PROGRAM, os.X_OK):
+            self.check_accepted(self.run_sh(command=[PROGRAM]))
+        outcome = self.run_sh(HOST, SENDER, "a' $(x)`y`\\ *@there.example",
+                              env={'IFS': '/', 'ENV': '/dev/null'})
+        self.assertEqual(outcome.reports[:1], [DIED.encode()])
+        self.server.close()
+        self.assertIn(b'RCPT TO:<"a\' $(x)`y`\\\\ *"@there.example>',
+                      self.server.commands)
+
+    def test_no_interpreter(self):
+        empty = os.path.join(self.bin, 'empty')
+        os.mkdir(empty)
+        broken = os.path.join(empty, 'python3')
+        for text in (None, '', 'no program', '#!/nonexistent/python3\n',
+                     '#!/bin/sh\nexit 1\n', '#!/bin/sh\nkill -9 $$\n',
+                     '#!/bin/sh\necho Traceback >&2\nexit 2\n'):
+            with self.subTest(repr(text)):
+                if text is not None:
+                    with open(broken, 'w') as f:
+                        f.write(text)
+                    os.chmod(broken, 0o755)
+                outcome = self.run_it(command=self.sh, env={'PATH': empty})
+                if text != '':              # an empty script succeeds
+                    self.assertEqual(outcome.status, 111)
+                self.assertEqual(outcome.verdict, 'Z')
+                self.assertEqual((outcome.output, outcome.stderr),
+                                 (b'', b''))
+
+    def test_a_damaged_file(self):
+        with open(PROGRAM, 'rb') as f:
+            whole = f.read()
+        copy = os.path.join(self.bin, 'copy.py')
+        tried, size = 0, len(whole)
+        while tried < 3 and size > len(whole) // 3:
+            size -= len(whole) // 50
+            try:
+                compile(whole[:size], 'copy', 'exec')
+                continue
+            except (SyntaxError, ValueError):
+                tried += 1
+            with open(copy, 'wb') as f:
+                f.write(whole[:size])
+            outcome = self.run_it(command=['/bin/sh', copy], env=self.path)
+            self.assertEqual((outcome.status, outcome.output,
+                              outcome.stderr), (111, b'', b''))
+        self.assertEqual(tried, 3)
+
+    def test_python_environment(self):
+        """Planted modules and PYTHON variables change nothing."""
+        mark = os.path.join(self.bin, 'mark')
+        for name in ('socket', '_socket', 'ssl', 'os', 'select', 'struct',
+                     'time', 'sitecustomize', 'usercustomize', 'site'):
+            with open(os.path.join(self.bin, name + '.py'), 'w') as f:
+                f.write('open(%r, "w"); raise SystemExit(3)\n' % mark)
+        copy = os.path.join(self.bin, 'copy.py')
+        shutil.copyfile(PROGRAM, copy)
+        for env in ({'PYTHONPATH': self.bin}, {'PYTHONHOME': '/nonexistent'},
+                    {'PYTHONWARNINGS': 'error'},
+                    {'PYTHONSTARTUP': os.path.join(self.bin, 'ssl.py')},
+                    {'PYTHONOPTIMIZE': '2', 'PYTHONIOENCODING': 'x',
+                     'PYTHONVERBOSE': '9', 'PYTHONINSPECT': '1',
+                     'PYTHONUTF8': '7', 'PYTHONDEVMODE': '1'},
+                    {'LC_ALL': 'xx_YY', 'LANG': 'tr_TR.ISO-8859-9'}):
+            with self.subTest(repr(env)):
+                self.check_accepted(self.run_it(env=env, cwd=self.bin))
+                self.check_accepted(self.run_sh(env=env, cwd=self.bin))
+                self.check_accepted(self.run_sh(
+                    env=env, cwd=self.bin, command=['/bin/sh', copy]))
+        self.assertFalse(os.path.exists(mark))
+        for name in ('PYTHONHASHSEED', 'PYTHONMALLOC'):
+            self.check_sane(self.run_sh(env={name: 'x'}))   # may be fatal
+
+    def test_few_descriptors(self):
+        """From 4 on; sh itself may need descriptors up to 12 to read a
+        file at all."""
+        for number in (4, 5, 6, 7):
+            self.check_sane(self.run_it(command=self.shell(
+                'ulimit -n %d; exec "$@"' % number)))
+        for number in (13, 14, 15):
+            self.check_sane(self.run_sh(command=self.shell(
+                'ulimit -n %d; exec "$@"' % number, self.sh)))
+
+    def test_little_memory(self):
+        def attempt(kb):
+            return self.run_sh(command=self.shell(
+                'ulimit -v %d; exec "$@"' % kb, self.sh))
+        steps = [1024 * mb for mb in (6, 10, 16, 20, 24, 32, 64)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for kb, outcome in zip(steps, pool.map(attempt, steps)):
+                with self.subTest('%d KB' % kb):
+                    self.check_sane(outcome)
+
+    def test_no_new_process(self):
+        """sh cannot start Python, since there are too many processes."""
+        os.chmod(self.bin, 0o755)
+        copy = os.path.join(self.bin, 'copy.py')
+        shutil.copyfile(PROGRAM, copy)
+
+        def limited():
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+            if os.geteuid() == 0:       # root has no such limit
+                os.setgid(54321)
+                os.setuid(54321)
+        outcome = self.run_sh(command=['/bin/sh', copy], preexec_fn=limited)
+        self.assertEqual((outcome.status, outcome.output, outcome.stderr),
+                         (111, b'', b''))
+
+    def test_a_file_size_limit(self):
+        """tcpto is written to; a limit of 0 must not kill or bounce."""
+        self.check_sane(self.run_sh(command=self.shell(
+            'ulimit -f 0; exec "$@"', self.sh)))
+
+    def test_blocked_and_ignored_signals(self):
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        try:
+            self.check_accepted(self.run_sh())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        self.check_accepted(self.run_sh(restore_signals=False))
+        self.check_accepted(self.run_sh(command=self.shell(
+            "trap '' CHLD PIPE TERM; exec \"$@\"", self.sh)))
+
+    @classmethod
+    def kill_a_sh(cls):
+        """Kills the sh of a delivery that hangs; its child is looked at
+        later, by the last tests of this class."""
+        cls.killed = Hanging(['/bin/sh', PROGRAM])
+        cls.workers = children_of(cls.killed.child.pid)
+        cls.killed.child.terminate()
+        cls.killed_at = time.monotonic()
+
+    @unittest.skipUnless(os.path.exists('/proc/self/stat'), 'no /proc')
+    def test_the_child_of_a_killed_sh_ends(self):
+        try:
+            self.assertEqual(self.killed.verdict(), ('Z', b''))
+            while (any(map(self.alive, self.workers))
+                   and time.monotonic() < self.killed_at + 6):
+                time.sleep(0.05)
+            self.assertFalse(any(map(self.alive, self.workers)))
+        finally:
+            for pid in filter(self.alive, self.workers):
+                os.kill(pid, signal.SIGKILL)
+
+    @staticmethod
+    def alive(pid):
+        try:
+            with open('/proc/%d/stat' % pid, 'rb') as f:
+                return f.read().rpartition(b')')[2].split()[0] != b'Z'
+        except OSError:
+            return False
+
+    def test_death_by_signal_is_a_deferral(self):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM,
+                       signal.SIGINT):
+            with self.subTest(str(number)):
+                with Hanging([sys.executable, '-IS', PROGRAM]) as hanging:
+                    hanging.child.send_signal(number)
+                    self.assertEqual(hanging.verdict(), ('Z', b''))
+
+
+# ------------------------------------------------------------ Demo
+# `python3 test_qmail_remote.py demo`: four deliveries by the real program,
+# shown and checked.  Needs no root, no network and no qmail.
+
+LETTERS = {'r': 'recipient accepted', 's': 'recipient refused for now',
+           'h': 'recipient refused for good',
+           'K': 'the server has taken the message',
+           'Z': 'message failed for now', 'D': 'message failed for good'}
+VERDICTS = {'K': 'delivered', 'Z': 'deferred, it will be tried again',
+            'D': 'failed, it bounces to the sender'}
+
+DEMO_MESSAGE = (b'From: <ann@here.example>\nTo: <bob@there.example>\n'
+                b'Subject: hello\n\nHello, Bob.\n.A dot opens this line.\n')
+DEMO_LOGIN = binascii.b2a_base64(b'\0ann\0opensesame')[:-1].decode()
+
+DEMO_RECORDS = {('there.example', 'MX'): [(10, 'mx.there.example')],
+                ('mx.there.example', 'A'): ['127.0.0.1']}
+
+DEMO_GREETING = '''
+    S: 220 mx.there.example ESMTP
+    C: EHLO me.example
+    S: 250-mx.there.example
+'''
+DEMO_RECIPIENT = '''
+    C: MAIL FROM:<ann@here.example>
+    S: 250 sender ok
+    C: RCPT TO:<bob@there.example>
+'''
+DEMO_MAIL = DEMO_RECIPIENT + '''
+    S: 250 recipient ok
+    C: DATA
+    S: 354 go ahead
+    D:
+    S: 250 queued as 4711
+    Q:
+'''
+DEMO_ACCEPTED = ['r', 'K127.0.0.1 accepted message.\n'
+                 'Remote host said: 250 queued as 4711\n']
+
+Scene = collections.namedtuple('Scene',
+                               'title control script reports verdict')
+
+# PORT in a control file stands for the scripted server's port.
+SCENES = [
+    Scene('A route in smtproutes: no DNS, this relay takes the mail.',
+          {'smtproutes': b'there.example:127.0.0.1:PORT\n'},
+          DEMO_GREETING + 'S: 250 8BITMIME' + DEMO_MAIL,
+          DEMO_ACCEPTED, 'K'),
+    Scene('No relay: the Domain Name System names the mail exchanger.\n'
+          '(The route only moves it to a port that needs no root; notipme\n'
+          'lets 127.0.0.1 count as another host.)',
+          {'smtproutes': b'::PORT\n', 'notipme': b'127.0.0.1\n'},
+          DEMO_GREETING + 'S: 250 8BITMIME' + DEMO_MAIL,
+          DEMO_ACCEPTED, 'K'),
+    Scene('A relay that wants a password: a line in authsenders.',
+          {'authsenders': b'@here.example:127.0.0.1:PORT|ann|opensesame\n'},
+          DEMO_GREETING + 'S: 250 AUTH PLAIN LOGIN\n'
+          'C: AUTH PLAIN ' + DEMO_LOGIN + '\n'
+          'S: 235 welcome\n' + DEMO_MAIL,
+          DEMO_ACCEPTED, 'K'),
+    Scene('A recipient that the server does not know.',
+          {'smtproutes': b'there.example:127.0.0.1:PORT\n'},
+          DEMO_GREETING + 'S: 250 8BITMIME' + DEMO_RECIPIENT +
+          'S: 550 no such user here\nQ:\n',
+          ['h127.0.0.1 does not like recipient.\n'
+           'Remote host said: 550 no such user here\n',
+           'DGiving up on 127.0.0.1.\n'], 'D'),
+]
+
+
+def show(heading, lines):
+    """Prints lines below their heading."""
+    print('\n  %s' % heading)
+    for line in lines:
+        print('    %s' % line)
+
+
+def control_lines(home):
+    """What the control files hold, a line of theirs on each."""
+    folder = os.path.join(home.path, 'control')
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name)) as f:
+            for line in f.read().splitlines():
+                yield '%-15s %s' % (name, line)
+
+
+def dialogue_lines(server):
+    """The transcript, with the message in it and the password masked."""
+    messages = iter(server.messages)
+    for line in server.transcript:
+        if line.startswith('D: '):
+            message = next(messages).decode('utf-8', 'replace')
+            for part in message.split('\r\n')[:-1] + ['.']:
+                yield 'C: ' + part
+        else:
+            yield line.replace(DEMO_LOGIN, '***')
+
+
+def report_lines(reports):
+    """Each report with its letter explained, further lines of it below."""
+    for report in reports:
+        text = report.decode('utf-8', 'replace')
+        first, *rest = text[1:].splitlines() or ['']
+        note = LETTERS.get(text[:1], 'no report letter')
+        yield ('%s (%s)  %s' % (text[:1], note, first)).rstrip()
+        for line in rest:
+            yield '    ' + line
+
+
+def play(scene):
+    """Runs and shows one scene; a list of what went otherwise than planned.
+    """
+    args = ['there.example', 'ann@here.example', 'bob@there.example']
+    with FakeDNS(DEMO_RECORDS) as dns, FakeSMTP(scene.script) as server, \
+            Home(**{name: data.replace(b'PORT', b'%d' % server.port)
+                    for name, data in scene.control.items()}) as home:
+        show('Command', [
+            'QMAILHOME=%s DNSCACHEIP=%s \\' % (home.path, dns.dns),
+            'python3 -IS qmail_remote.py %s \\' % args[0],
+            '    %s %s <message' % tuple(args[1:])])
+        show('Control files', control_lines(home))
+        outcome = run_program(home, *args, message=DEMO_MESSAGE, dns=dns.dns)
+        server.close()
+    show('DNS questions', ['%s %s' % query[:2] for query in dns.queries] or
+         ['none'])
+    show('Dialogue (S: server, C: qmail-remote)', dialogue_lines(server))
+    show('Reports (each ends with a NUL)', report_lines(outcome.reports))
+    show('What qmail-rspawn makes of it',
+         ['%s: %s' % (outcome.verdict, VERDICTS[outcome.verdict])])
+    wire = DEMO_MESSAGE.replace(b'\n', b'\r\n').replace(b'\n.', b'\n..')
+    return ['%s: %r instead of %r' % (what, got, wanted)
+            for what, got, wanted in [
+                ('exit status', outcome.status, 0),
+                ('standard error', outcome.stderr, b''),
+                ('reports', outcome.output, ''.join(
+                    report + '\0' for report in scene.reports).encode()),
+                ('verdict', outcome.verdict, scene.verdict),
+                ('message', server.messages,
+                 [wire] if scene.verdict == 'K' else []),
+                ('server', server.error, None), ('DNS', dns.error, None),
+                ('DNS asked', bool(dns.queries), 'notipme' in scene.control)]
+            if got != wanted]
+
+
+def demo():
+    """Plays all scenes; whether each went as planned."""
+    start, good = time.monotonic(), True
+    for number, scene in enumerate(SCENES, 1):
+        print('%s\n%d. %s' % ('-' * 72, number, scene.title))
+        wrong = play(scene)
+        if wrong:
+            show('NOT AS PLANNED', wrong)
+        good = good and not wrong
+        print()
+    print('%s\n%d deliveries in %.1f seconds, %s.' % (
+        '-' * 72, len(SCENES), time.monotonic() - start,
+        'all as planned' if good else 'NOT ALL AS PLANNED'))
+    return good
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] == ['demo']:
+        sys.exit(0 if demo() else 1)
+    unittest.main()
