@@ -6,12 +6,14 @@ name server); pure tables; dialogues; the process from outside; real peers
 (skipped where they are not installed, required where REAL_PEERS=required);
 and the commands `demo` and `bench`.  Run: python3 test_qmail_remote.py
 """
+import atexit
 import binascii
 import collections
 import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import glob
 import hmac
 import itertools
 import os
@@ -25,6 +27,7 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -5385,6 +5388,695 @@ class Process(unittest.TestCase):
                 with Hanging([sys.executable, '-IS', PROGRAM]) as hanging:
                     hanging.child.send_signal(number)
                     self.assertEqual(hanging.verdict(), ('Z', b''))
+
+
+# ------------------------------------------------------------ Real peers
+
+# Two mail servers and a resolver that others wrote.  The scripted peers
+# above show that the program does what we think is right; these show that
+# the world agrees.  REAL_PEERS=required, as .ci/run sets it, turns a peer
+# that is missing into a failure.
+
+USER = b'user'
+PASSWORD = 'p\xe4ss:w|rd'.encode('utf-8')
+
+
+def missing(why):
+    """Skips the tests of a peer, or fails where the peer is required."""
+    if os.environ.get('REAL_PEERS') == 'required':
+        raise AssertionError(why)
+    raise unittest.SkipTest(why)
+
+
+def find_program(*names):
+    """The path of the first program of these that is installed."""
+    path = os.environ.get('PATH', os.defpath) + ':/usr/sbin:/usr/local/sbin'
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found:
+            return found
+    return missing('%s is not installed' % names[0])
+
+
+def free_ports(count):
+    """TCP ports of 127.0.0.1 that nobody uses, chosen by the kernel."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(('127.0.0.1', 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+class Peer:
+    """A real server in a temporary directory and a process group of its own,
+    with one port of 127.0.0.1 for each of its roles."""
+
+    roles = ('',)
+
+    def __init__(self):
+        self.command = self.find()
+        self.path = tempfile.mkdtemp(prefix='peer-')
+        self.log = os.path.join(self.path, 'log')
+        self.child = None
+        atexit.register(self.stop)
+        for _ in range(3):      # somebody may take a port before the peer
+            self.ports = dict(zip(self.roles, free_ports(len(self.roles))))
+            if self.start(self.configure(), 15):
+                return
+        with open(self.log, errors='replace') as f:
+            words = f.read()[-500:]
+        self.stop()
+        missing('%s does not start: %s' % (self.command[0], words))
+
+    def find(self):
+        """The beginning of the command line."""
+        raise NotImplementedError
+
+    def configure(self):
+        """Writes the configuration; returns the rest of the command line."""
+        raise NotImplementedError
+
+    def write(self, name, text):
+        path = os.path.join(self.path, name)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+        return path
+
+    def start(self, arguments, seconds):
+        """Starts the server; says whether it listens on all its ports."""
+        with open(self.log, 'ab') as log:
+            self.child = subprocess.Popen(
+                self.command + arguments, cwd=self.path, stdout=log,
+                stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                start_new_session=True)
+        end = time.monotonic() + seconds
+        waiting = list(self.ports.values())
+        while waiting and self.child.poll() is None:
+            try:
+                socket.create_connection(('127.0.0.1', waiting[0]), 5).close()
+                del waiting[0]
+            except OSError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.02)
+        if waiting or self.child.poll() is not None:
+            self.end_processes()
+            return False
+        return True
+
+    def end_processes(self):
+        if self.child is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.child.pid, number)
+                self.child.wait(5)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+            except ProcessLookupError:
+                self.child.wait(5)
+                break
+        self.child = None
+
+    def stop(self):
+        """Safe to call twice; at the end of all tests it is."""
+        self.end_processes()
+        shutil.rmtree(self.path, ignore_errors=True)
+        atexit.unregister(self.stop)
+
+
+# Both mail servers judge alike.  A local part of `refused` means 550 and
+# `later` 451, of the sender at MAIL, of a recipient at RCPT; recipients
+# `message-refused` and `message-later` mean it for the message, and, at Exim
+# alone, `data-refused` and `data-later` for DATA.  The ports named after a
+# mechanism offer that one alone and take no recipient without it.
+
+EXIM = r"""
+primary_hostname = peer.example
+exim_user = %(uid)d
+exim_group = %(gid)d
+spool_directory = %(path)s
+log_file_path = %(path)s/%%slog
+pid_file_path = %(path)s/pid
+local_interfaces = 127.0.0.1
+daemon_smtp_ports = %(ports)s
+daemon_startup_retries = 0
+disable_ipv6
+keep_environment =
+%(tls)s
+
+# A message stays in the spool, as it came.
+queue_only
+received_header_text =
+return_path_remove = false
+delivery_date_remove = false
+envelope_to_remove = false
+
+acl_smtp_mail = mail
+acl_smtp_rcpt = rcpt
+acl_smtp_predata = predata
+acl_smtp_data = data
+
+begin acl
+judge:
+  deny    condition = ${if eq{$acl_arg1}{refused}}
+          message = not wanted
+  defer   condition = ${if eq{$acl_arg1}{later}}
+          message = come back later
+  accept
+mail:
+  require acl = judge $sender_address_local_part
+  accept
+rcpt:
+  deny    condition = ${if !eq{$received_port}{%(open)d}}
+          !authenticated = *
+          message = 530 5.7.0 authentication wanted
+  require acl = judge $local_part
+  accept  control = dkim_disable_verify
+          set acl_m_fate = $local_part
+predata:
+  require acl = judge ${sg{$acl_m_fate}{^data-}{}}
+  accept
+data:
+  require acl = judge ${sg{$acl_m_fate}{^message-}{}}
+  accept
+
+begin authenticators
+plain:
+  driver = plaintext
+  public_name = PLAIN
+  server_advertise_condition = ${if eq{$received_port}{%(PLAIN)d}}
+  server_prompts = :
+  server_condition = ${if and{{eq{$auth2}{%(user)s}}{eq{$auth3}{%(pass)s}}}}
+login:
+  driver = plaintext
+  public_name = LOGIN
+  server_advertise_condition = ${if eq{$received_port}{%(LOGIN)d}}
+  server_prompts = Username:: : Password::
+  server_condition = ${if and{{eq{$auth1}{%(user)s}}{eq{$auth2}{%(pass)s}}}}
+cram:
+  driver = cram_md5
+  public_name = CRAM-MD5
+  server_advertise_condition = ${if eq{$received_port}{%(CRAM-MD5)d}}
+  server_secret = ${if eq{$auth1}{%(user)s}{%(pass)s}fail}
+"""
+
+
+class Exim(Peer):
+    """Started by root it changes to nobody, else it stays what it is."""
+
+    roles = ('', 'PLAIN', 'LOGIN', 'CRAM-MD5')
+    tls = 'tls_advertise_hosts ='
+
+    def find(self):
+        return [find_program('exim4', 'exim')]
+
+    def configure(self):
+        uid, gid = os.getuid(), os.getgid()
+        if uid == 0:
+            uid, gid = 65534, 65534
+            os.chown(self.path, uid, gid)
+        return ['-bdf', '-C', self.write('exim.conf', EXIM % dict(
+            self.ports, uid=uid, gid=gid, path=self.path, tls=self.tls,
+            open=self.ports[''], user=USER.decode(), **{
+                'ports': ' : '.join(map(str, self.ports.values())),
+                'pass': PASSWORD.decode('utf-8')}))]
+
+    def idents(self):
+        spool = os.path.join(self.path, 'input', '*-D')
+        return {os.path.basename(path)[:-2] for path in glob.glob(spool)}
+
+    def holds(self, ident, message):
+        """Says whether that is what it stored.  The spool keeps the body in
+        ID-D after one line, and the header in ID-H after a blank line, each
+        field with its length and a flag (`*`: not part of the message).  It
+        does not keep whether a blank line stood between the two."""
+        base = os.path.join(self.path, 'input', ident)
+        with open(base + '-D', 'rb') as f:
+            body = f.read().partition(b'\n')[2]
+        with open(base + '-H', 'rb') as f:
+            fields = f.read().partition(b'\n\n')[2]
+        header = b''
+        while fields:
+            length, flag = re.match(br'(\d+)(\D) ', fields).groups()
+            start = len(length) + 2
+            end = start + int(length)
+            header += b'' if flag == b'*' else fields[start:end]
+            fields = fields[end:]
+        return message in (header + body, header + b'\n' + body)
+
+
+AIOSMTPD = r"""
+import asyncio, itertools, os, sys
+from aiosmtpd.smtp import SMTP, AuthResult, LoginPassword
+
+WORDS = {'refused': '550 not wanted', 'later': '451 come back later'}
+ACCOUNT = LoginPassword(*map(os.fsencode, sys.argv[1:3]))
+numbers = itertools.count(1)
+
+
+class LongLines(SMTP):
+    line_length_limit = 1 << 20
+
+
+class Handler:
+    def __init__(self, role):
+        self.role = role
+
+    async def handle_MAIL(self, server, session, envelope, address, options):
+        envelope.mail_from = address
+        return WORDS.get(address.partition('@')[0], '250 ok')
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if self.role and not session.authenticated:
+            return '530 5.7.0 authentication wanted'
+        word = WORDS.get(address.partition('@')[0], '250 ok')
+        if word[0] == '2':
+            envelope.rcpt_tos.append(address)
+        return word
+
+    async def handle_DATA(self, server, session, envelope):
+        for address in envelope.rcpt_tos:
+            fate = address.partition('@')[0].replace('message-', '')
+            if fate in WORDS:
+                return WORDS[fate]
+        ident = str(next(numbers))
+        with open(os.path.join('mail', ident), 'wb') as f:
+            f.write(envelope.original_content)
+        return '250 OK id=' + ident
+
+
+def authenticate(server, session, envelope, mechanism, account):
+    return AuthResult(success=account == ACCOUNT, handled=False)
+
+
+async def listen(loop, role, port):
+    await loop.create_server(lambda: LongLines(
+        Handler(role), hostname='peer.example', loop=loop,
+        auth_require_tls=False, authenticator=authenticate,
+        auth_exclude_mechanism={'PLAIN', 'LOGIN'} - {role}), '127.0.0.1', port)
+
+
+loop = asyncio.new_event_loop()
+asyncio.set_event_loop(loop)
+os.makedirs('mail', exist_ok=True)
+for argument in sys.argv[3:]:
+    role, _, port = argument.partition(':')
+    loop.run_until_complete(listen(loop, role, int(port)))
+loop.run_forever()
+"""
+
+
+class Aiosmtpd(Peer):
+    """In a process of the first Python here that can import it."""
+
+    roles = ('', 'PLAIN', 'LOGIN')
+
+    def find(self):
+        for python in (sys.executable, '/usr/bin/python3'):
+            if os.path.exists(python) and subprocess.call(
+                    [python, '-c', 'import aiosmtpd.smtp'],
+                    stderr=subprocess.DEVNULL) == 0:
+                return [python]
+        return missing('aiosmtpd is not installed')
+
+    def configure(self):
+        return [self.write('server.py', AIOSMTPD), USER, PASSWORD] + [
+            '%s:%d' % role for role in self.ports.items()]
+
+    def idents(self):
+        return set(os.listdir(os.path.join(self.path, 'mail')))
+
+    def holds(self, ident, message):
+        """Says whether that is what it stored, which is the wire form
+        without the dots."""
+        with open(os.path.join(self.path, 'mail', ident), 'rb') as f:
+            return f.read() == message.replace(b'\n', b'\r\n')
+
+
+PEER_SENDER, PEER_RECIPIENT = 'sender@sender.example', 'joe@peer.example'
+ENVELOPE = PEER_SENDER, PEER_RECIPIENT
+PEER_ACCEPTED = (b'K127.0.0.1 accepted message.\n'
+                 b'Remote host said: 250 OK id=ID\n')
+UNWANTED = b'\nRemote host said: 550 not wanted\n'
+LATER = b'\nRemote host said: 451 come back later\n'
+DISLIKED = b'127.0.0.1 does not like recipient.'
+
+# Title; local parts of the sender and of the recipients; reports.
+ANSWERS = [
+    ('accepts', 'sender', 'joe', [b'r', PEER_ACCEPTED]),
+    ('accepts two', 'sender', 'joe jim', [b'r', b'r', PEER_ACCEPTED]),
+    ('refuses the sender', 'refused', 'joe',
+     [b'DConnected to 127.0.0.1 but sender was rejected.' + UNWANTED]),
+    ('defers the sender', 'later', 'joe',
+     [b'ZConnected to 127.0.0.1 but sender was rejected.' + LATER]),
+    ('refuses the recipient', 'sender', 'refused',
+     [b'h' + DISLIKED + UNWANTED, b'DGiving up on 127.0.0.1.\n']),
+    ('defers the recipient', 'sender', 'later',
+     [b's' + DISLIKED + LATER, b'ZGiving up on 127.0.0.1.\n']),
+    ('refuses one, defers one', 'sender', 'refused later',
+     [b'h' + DISLIKED + UNWANTED, b's' + DISLIKED + LATER,
+      b'ZGiving up on 127.0.0.1.\n']),
+    ('one of each', 'sender', 'later joe refused',
+     [b's' + DISLIKED + LATER, b'r', b'h' + DISLIKED + UNWANTED,
+      PEER_ACCEPTED]),
+    ('refuses the message', 'sender', 'message-refused',
+     [b'r', b'D127.0.0.1 failed after I sent the message.' + UNWANTED]),
+    ('defers the message', 'sender', 'message-later',
+     [b'r', b'Z127.0.0.1 failed after I sent the message.' + LATER]),
+]
+EXIM_ANSWERS = [
+    ('refuses at DATA', 'sender', 'data-refused',
+     [b'r', b'D127.0.0.1 failed on DATA command.' + UNWANTED]),
+    ('defers at DATA', 'sender', 'data-later',
+     [b'r', b'Z127.0.0.1 failed on DATA command.' + LATER]),
+]
+
+# The step of each mechanism at which a wrong password is refused.
+REFUSED_AT = {'PLAIN': b'AUTH PLAIN', 'LOGIN': b'password',
+              'CRAM-MD5': b'username+digest'}
+
+# A body that tries to end itself and to send another message, in every way
+# that one server or another has taken for an end of the data.
+SMUGGLER = b'Subject: one\n\n' + b''.join(
+    end + b'MAIL FROM:<sender@sender.example>\r\nRCPT TO:<joe@peer.example>'
+    b'\r\nDATA\r\nSubject: two\r\n\r\ntwo\r\n'
+    for end in (b'\n.\n', b'\n.\r\n', b'\r.\r', b'\r.\n', b'\r\n.\r',
+                b'\r\n.\r\n', b'\r\r\n.\r\r\n'))
+
+
+def samples():
+    """The messages of the standard library's own tests of email, from the
+    first Python here that has them: as bytes, each with a final newline."""
+    places = [sysconfig.get_paths()['stdlib']]
+    for pattern in ('/usr/lib/python3*', '/usr/local/lib/python3*'):
+        places += sorted(glob.glob(pattern))
+    for place in places:
+        found = []
+        for path in glob.glob(place + '/test/test_email/data/*'):
+            with open(path, 'rb') as f:
+                data = f.read()
+            found.append(data if data.endswith(b'\n') else data + b'\n')
+        if found:
+            return found
+    return missing("no Python here has the standard library's tests")
+
+
+class MailServer:
+    """The tests that every mail server has to pass."""
+
+    kind = None
+    answers = ANSWERS
+
+    @classmethod
+    def setUpClass(cls):
+        cls.peer = cls.kind()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.peer.stop()
+
+    def route(self, role='', password=b''):
+        """The relay as control files name it, with or without account."""
+        relay = b'127.0.0.1:%d' % self.peer.ports[role]
+        return relay + (b'|%s|%s' % (USER, password) if password else b'')
+
+    def check_reports(self, outcome, reports):
+        self.assertEqual([re.sub(br'id=\S+', b'id=ID', report)
+                          for report in outcome.reports], reports)
+        self.assertEqual((outcome.status, outcome.stderr), (0, b''))
+
+    def test_answers(self):
+        with Home(smtproutes=b':' + self.route()) as home:
+            for title, sender, recipients, reports in self.answers:
+                with self.subTest(title):
+                    self.check_reports(run_program(
+                        home, 'peer.example', sender + '@sender.example',
+                        *[name + '@peer.example'
+                          for name in recipients.split()]), reports)
+
+    def test_no_account(self):
+        for role in self.peer.roles[1:]:
+            with self.subTest(role), Home(
+                    smtproutes=b':' + self.route(role)) as home:
+                self.check_reports(
+                    run_program(home, 'peer.example', *ENVELOPE),
+                    [b's' + DISLIKED + b'\nRemote host said: 530 5.7.0 '
+                     b'authentication wanted\n',
+                     b'ZGiving up on 127.0.0.1.\n'])
+
+    def test_authentication(self):
+        for role in self.peer.roles[1:]:
+            for title, control in [
+                    ('smtproutes', dict(
+                        smtproutes=b':' + self.route(role, PASSWORD))),
+                    ('authsenders', dict(
+                        authsenders=b'.example:'
+                        + self.route(role, PASSWORD))),
+                    ('account of one, relay of the other', dict(
+                        authsenders=b'@sender.example|%s|%s' % (
+                            USER, PASSWORD),
+                        smtproutes=b'peer.example:' + self.route(role)))]:
+                with self.subTest(role + ', ' + title), \
+                        Home(**control) as home:
+                    self.check_reports(
+                        run_program(home, 'peer.example', *ENVELOPE),
+                        [b'r', PEER_ACCEPTED])
+
+    def test_wrong_password(self):
+        for role in self.peer.roles[1:]:
+            with self.subTest(role), Home(
+                    smtproutes=b':' + self.route(role, b'Wr0ng')) as home:
+                report, = run_program(home, 'peer.example', PEER_SENDER,
+                                      PEER_RECIPIENT).reports
+                start = (b'ZConnected to 127.0.0.1 but authentication was '
+                         b'rejected (%s).\nRemote host said: 535'
+                         % REFUSED_AT[role])
+                self.assertEqual(report[:len(start)], start)
+                self.assertNotIn(b'Wr0ng', report)
+
+    def test_smuggling(self):
+        before = self.peer.idents()
+        self.assertEqual(self.difference(SMUGGLER), '')
+        self.assertEqual(len(self.peer.idents() - before), 1)
+
+    def test_odd_messages(self):
+        for message in (b'', b'\n', b'.\n', b'..\n.\n\n.x\n', b'x' * 70000
+                        + b'\n', b'Subject: \xe4\n\n\0\xff\n', b'\n\n\n'):
+            with self.subTest(message[:20]):
+                self.assertEqual(self.difference(message), '')
+
+    def test_real_messages(self):
+        """One process for each message."""
+        messages = samples()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            differences = list(filter(None, pool.map(
+                self.difference, messages)))
+        print('%s: %d real messages, %d differences' % (
+            self.kind.__name__, len(messages), len(differences)),
+            file=sys.stderr)
+        self.assertEqual(differences, [])
+
+    def difference(self, message):
+        """Sends a message; '', or what differs at the other side from the
+        message with CRLF and CR made line ends."""
+        with Home(smtproutes=b':' + self.route()) as home:
+            outcome = run_program(home, 'peer.example', *ENVELOPE,
+                                  message=message)
+        ident = re.search(br'accepted message[^\0]*id=(\S+)', outcome.output)
+        if not ident:
+            return '%r: %r' % (message[:60], outcome.output)
+        lines = message.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+        same = self.peer.holds(ident.group(1).decode(), lines)
+        return '' if same else '%r: stored otherwise' % message[:60]
+
+
+class EximTest(MailServer, unittest.TestCase):
+    kind = Exim
+    answers = ANSWERS + EXIM_ANSWERS
+
+
+class AiosmtpdTest(MailServer, unittest.TestCase):
+    kind = Aiosmtpd
+
+
+# The zone answers through the resolver's iterator, as zones of the Internet
+# do: with whole CNAME chains, and without the AA bit.  broken.example is
+# served by an address that unbound never asks.
+
+UNBOUND = """
+server:
+  interface: 127.0.0.1@%(port)d
+  username: ""
+  chroot: ""
+  directory: "%(path)s"
+  pidfile: ""
+  use-syslog: no
+  do-daemonize: no
+  module-config: "iterator"
+remote-control:
+  control-enable: no
+auth-zone:
+  name: "example"
+  zonefile: "%(path)s/zone"
+  for-upstream: yes
+  for-downstream: no
+  fallback-enabled: no
+stub-zone:
+  name: "broken.example"
+  stub-addr: 127.0.0.1
+"""
+
+ZONE = """
+$ORIGIN example.
+$TTL 300
+@             SOA    ns hostmaster 1 3600 900 604800 300
+@             NS     ns
+mx            MX     10 a
+a             A      127.0.0.2
+six           AAAA   ::1
+six-mx        MX     10 six
+both          A      127.0.0.2
+both          AAAA   ::1
+alias         CNAME  mx
+alias-a       CNAME  alias-six
+alias-six     CNAME  six
+alias-mx      MX     10 alias-a
+second        MX     10 a.broken
+second        MX     20 a
+text          TXT    "no address"
+text-mx       MX     10 text
+lost-mx       MX     10 nobody
+broken-mx     MX     10 a.broken
+null          MX     0 .
+""" + ''.join('many MX %d m%d.many\nm%d.many A 127.0.3.%d\n'
+              % (i, i, i, i) for i in range(120, 0, -1))
+
+
+class Unbound(Peer):
+    """The program is copied, since AppArmor, where it is at work, keeps
+    /usr/sbin/unbound from reading a temporary directory."""
+
+    def find(self):
+        return [find_program('unbound')]
+
+    def configure(self):
+        copy = os.path.join(self.path, 'unbound')
+        if self.command != [copy]:
+            shutil.copy(self.command[0], copy)
+            self.command = [copy]
+        self.write('zone', ZONE)
+        return ['-d', '-c', self.write('unbound.conf', UNBOUND % {
+            'port': self.ports[''], 'path': self.path})]
+
+
+TAKES_IT = """
+    S: 220 sink.example
+    C: EHLO me.example
+    S: 250 sink.example
+    C: MAIL FROM:<sender@sender.example>
+    S: 250 ok
+    C: RCPT TO:<joe@peer.example>
+    S: 250 ok
+    C: DATA
+    S: 354 go on
+    D:
+    S: 250 taken
+    Q:
+"""
+
+# Host (.example), the address that takes the mail.
+DELIVERIES = [
+    ('mx', '127.0.0.2'),
+    ('a', '127.0.0.2'),
+    ('both', '127.0.0.2'),
+    ('alias', '127.0.0.2'),
+    ('second', '127.0.0.2'),
+    ('many', '127.0.3.1'),
+    ('six', '::1'),
+    ('six-mx', '::1'),
+    ('alias-a', '::1'),
+    ('alias-mx', '::1'),
+]
+
+SOFT_DNS = b"ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
+NO_ADDRESS = (b"DSorry, I couldn't find a mail exchanger or IP address. "
+              b"(#5.4.4)\n")
+
+# Host (.example), the report of a run that ends before it connects.
+DEAD_ENDS = [
+    ('nobody', b"DSorry, I couldn't find any host named nobody.example. "
+               b"(#5.1.2)\n"),
+    ('text', NO_ADDRESS),
+    ('text-mx', NO_ADDRESS),
+    ('lost-mx', NO_ADDRESS),
+    ('x.broken', SOFT_DNS),
+    ('broken-mx', SOFT_DNS),
+    ('null', b'DSorry, null.example does not accept mail. (#5.1.10)\n'),
+]
+
+
+class UnboundTest(unittest.TestCase):
+    """Mail by MX, found through unbound.  An smtproutes line with a port
+    alone sends it to where the zone says, but not to port 25."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.peer = Unbound()
+        cls.address = '127.0.0.1:%d' % cls.peer.ports['']
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.peer.stop()
+
+    def mail(self, host, port):
+        """Runs the program; these loopback addresses are not its own."""
+        foreign = ['::1', '127.0.0.2'] + [
+            '127.0.3.%d' % i for i in range(1, 121)]
+        with Home(smtproutes=b'::%d' % port,
+                  notipme='\n'.join(foreign).encode()) as home:
+            return run_program(home, host + '.example', *ENVELOPE,
+                               dns=self.address)
+
+    def test_deliveries(self):
+        for host, address in DELIVERIES:
+            with self.subTest(host):
+                try:
+                    sink = FakeSMTP(TAKES_IT, host=address)
+                except OSError as e:
+                    self.skipTest('no address %s here: %s' % (address, e))
+                with sink:
+                    outcome = self.mail(host, sink.port)
+                self.assertEqual(
+                    (sink.error, outcome.reports),
+                    (None, [b'r', b'K%s accepted message.\nRemote host said: '
+                            b'250 taken\n' % address.encode()]))
+
+    def test_dead_ends(self):
+        for host, report in DEAD_ENDS:
+            with self.subTest(host):
+                self.assertEqual(self.mail(host, 25).reports, [report])
+
+    def test_120_exchangers(self):
+        """The answer has no room in a datagram; the order is right."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(5)
+            sock.connect(('127.0.0.1', self.peer.ports['']))
+            sock.send(struct.pack('!6H', 1, 0x100, 1, 0, 0, 1)
+                      + dns_name('many.example') + struct.pack('!HH', 15, 1)
+                      + b'\0' + struct.pack('!HHIH', 41, 1232, 0, 0))
+            flags, _, answers = struct.unpack('!HHH', sock.recv(1500)[2:8])
+        self.assertEqual((flags & 0x200, answers < 120), (0x200, True))
+        report, = self.mail('many', free_ports(1)[0]).reports
+        self.assertEqual(report.splitlines()[0], b"ZSorry, I wasn't able to "
+                         b"establish an SMTP connection. (#4.4.1)")
+        self.assertEqual(
+            re.findall(br'^([0-9.]+): ', report, re.MULTILINE),
+            [b'127.0.3.%d' % i for i in range(1, 21)])
 
 
 # ------------------------------------------------------------ Demo
