@@ -3,7 +3,7 @@
 PYTHON = python3
 
 help:
-	@echo 'make demo    four deliveries, shown step by step: no root,'
+	@echo 'make demo    five deliveries, shown step by step: no root,'
 	@echo '             no network, no qmail needed'
 	@echo 'make check   all tests'
 	@echo 'make clean   removes what a run without -B left behind'

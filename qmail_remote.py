@@ -51,6 +51,14 @@ DESCRIPTION
     connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
     to the next one.  After that the server's word is final.
 
+    TLS is used where the server offers STARTTLS, and from the first byte on
+    port 465; if it fails, the message goes to the same address in the clear.
+    It is required, and the certificate checked, where control/tlshosts says
+    so, where authentic TLSA records do (DANE, RFC 7672, by a name server on
+    this host or with "options trust-ad" in resolv.conf(5)), and on ports 465
+    and 587 before a password.  After a failure of TLS no password is sent in
+    the clear.
+
     There are no options; getopt(3) is not followed.
 
 TRANSPARENCY
@@ -80,8 +88,10 @@ RESULTS
     D   message report: permanent failure
 
     A description for a human reader follows.  When several servers were
-    tried, it ends with one line for each that failed.  User names and
-    passwords are cut out of what servers say.
+    tried, there is one line for each that failed.  User names and passwords
+    are cut out of what servers say.  The last line about a message that went
+    over TLS names the protocol, the cipher, and what is known of the
+    certificate: "certificate not checked", "verified", "pinned" or "DANE".
 
     qmail-remote exits 0, always, unless Python cannot be started at all:
     then 111, which qmail-rspawn reads as a temporary failure.
@@ -131,8 +141,9 @@ CONTROL FILES
         without.  A line with a relay but without user and password is a
         route only; sender: alone means mail exchangers as usual.
 
-        Methods are CRAM-MD5, PLAIN and LOGIN.  This file and smtproutes
-        hold passwords: give them to root, group qmail, mode 0640.
+        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  This
+        file and smtproutes hold passwords: give them to root, group qmail,
+        mode 0640.
 
     timeoutconnect
         Seconds to wait for a server to accept a connection.  Default: 60.
@@ -148,6 +159,22 @@ CONTROL FILES
         Mail is never sent to an exchanger that is this host, nor to one
         that is not preferred to it.
 
+    tlshosts/NAME.pem
+        Certificates, in PEM form.  The exchanger or relay NAME (in lower
+        case; an address for a relay that is given as one) gets mail only
+        over TLS, and only with a certificate for NAME that is in this file
+        or comes from a CA in it.
+
+    notlshosts/NAME
+        If the file exists, no TLS with NAME.  tlshosts is stronger.
+
+    clientcert.pem
+        A certificate and its key, to show to servers that ask for one.
+        Give it to root, group qmail, mode 0640.
+
+    tlsclientciphers
+        The ciphers to use, a list for OpenSSL, see ciphers(1).
+
     ../queue/lock/tcpto
         Servers that recently timed out, shared with qmail-tcpto(8) and
         qmail-tcpok(8).
@@ -161,11 +188,13 @@ ENVIRONMENT
 SECURITY
     Nothing that an address, a message, a control file or a reply holds can
     become a command.  No program is run.  Passwords are sent to relays that
-    the administrator named, nowhere else.
+    the administrator named, nowhere else.  A relay on port 25 that is not in
+    tlshosts can be made to look as if it had no TLS, or another certificate;
+    use port 587, 465 or tlshosts for a password.
 
 SEE ALSO
     qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),
-    qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505
+    qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505, RFC 7672, RFC 8314
 """
 
 import errno
@@ -208,6 +237,8 @@ class Value:
 # Every number, and where it comes from.  Times are in seconds.
 
 PORT_SMTP = 25                  # RFC 5321 4.5.4.2
+PORT_SMTPS = 465                # RFC 8314 3.3: TLS from the first byte
+PORTS_PASSWORD = (465, 587)     # no password there without verified TLS
 TIMEOUT_CONNECT = 60            # qmail-remote.8, timeoutconnect
 TIMEOUT_REMOTE = 1200           # qmail-remote.8, timeoutremote
 TIMEOUT_MAX = 86400             # a day; qmail-send looks more often
@@ -216,6 +247,7 @@ REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
 REPLY_KEPT = 16384              # bytes of a reply kept, before masking
 TRAIL_MAX = 200                 # bytes of a reply shown in the trail
 INPUT_BLOCK = 65536             # bytes asked of the socket at once
+IDLE_MAX = 100                  # blocks without a word in them, before ours
 MESSAGE_BLOCK = 65536           # bytes of the message read and sent at once
 SERVERS_MAX = 20                # addresses tried in one run
 EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
@@ -287,17 +319,27 @@ DIED_LATE = b'ZConnected to %s but connection died. ' \
 AUTH_REJECTED = b'ZConnected to %s but authentication was rejected (%s).\n'
 AUTH_UNDECODABLE = b'ZConnected to %s but unable to base64decode challenge.\n'
 AUTH_UNENCODABLE = b'ZConnected to %s but unable to base64encode %s.\n'
+TLSA_SOFT = b"ZSorry, I couldn't look up the TLSA records of %s. (#4.4.3)\n"
+TLS_FAILED = b'ZConnected to %s but TLS failed: %s. (#4.7.5)\n'
+TLS_FORBIDDEN = b'ZNo password is sent without TLS, but ' \
+    b'control/notlshosts/%s\nforbids TLS on port %d. (#4.7.5)\n'
+TLS_CLEAR = b'No password is sent in the clear after TLS has failed.\n'
+TLS_PASSWORD = b'No password is sent to this port without TLS and a ' \
+    b'certificate that can be\nverified. To trust this relay, put its ' \
+    b"certificate, or its CA's, into\ncontrol/tlshosts/%s.pem.\n"
 AUTH_MISSING = b'no supported AUTH method found, continuing without ' \
     b'authentication.\n'
 
 
 class Report(Exception):
-    """Ends the run.  text is the message report, its letter first;
-    recipients are the recipient reports before it.  Bytes, without NULs."""
+    """Ends the run.  text is the message report, its letter first, tail a
+    last line for it; recipients are the recipient reports before it.
+    Bytes, without NULs."""
 
-    def __init__(self, text, recipients=()):
+    def __init__(self, text, recipients=(), tail=b''):
         Exception.__init__(self, text)
         self.text, self.recipients = text, list(recipients)
+        self.tail = tail
 
 
 class NextServer(Exception):
@@ -311,6 +353,15 @@ class NextServer(Exception):
         Exception.__init__(self, note)
         self.report, self.note = report, note
         self.answered, self.permanent = answered, permanent
+
+
+class TlsFailed(Exception):
+    """TLS did not come about; reason is why (bytes).  anchors: the
+    certificates (DER) that a second handshake is to be checked with."""
+
+    def __init__(self, reason, anchors=()):
+        Exception.__init__(self, reason)
+        self.reason, self.anchors = reason, anchors
 
 
 class TimedOut(Exception):
@@ -339,7 +390,8 @@ def printable(text):
 def output_of(report):
     """All that goes to fd 1: each report ended by its NUL."""
     return b''.join(text.replace(b'\0', b'?') + b'\0'
-                    for text in report.recipients + [report.text])
+                    for text in report.recipients +
+                    [report.text + report.tail])
 
 
 def write_output(output):
@@ -379,8 +431,10 @@ def read_file(path, most):
     holds more than most bytes."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+            return None
+        raise
     try:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
@@ -411,6 +465,27 @@ def read_control():
             parse_senders(read(b'authsenders')),
             parse_networks(read(b'moreipme')),
             parse_networks(read(b'notipme')))
+    except (OSError, Invalid):
+        raise Report(NO_CONTROL)
+
+
+class TlsControl(Value):
+    """What control says about TLS with one host.  pem: the certificates to
+    trust, or None; never: no TLS at all; cert: the path of our own, or
+    None; ciphers: a list for OpenSSL, or empty."""
+    __slots__ = ('pem', 'never', 'cert', 'ciphers')
+
+
+def read_tls_control(name):
+    """The TlsControl for a host name or an address.  Raises Report."""
+    try:
+        cert = b'control/clientcert.pem'
+        return TlsControl(
+            read_file(b'control/tlshosts/' + name + b'.pem', CONTROL_MAX),
+            read_file(b'control/notlshosts/' + name, CONTROL_MAX) is not None,
+            None if read_file(cert, CONTROL_MAX) is None else cert,
+            first_line(read_file(b'control/tlsclientciphers', CONTROL_MAX)
+                       or b''))
     except (OSError, Invalid):
         raise Report(NO_CONTROL)
 
@@ -603,6 +678,20 @@ def wire_name(host):
     return name.lower() if len(name) <= DNS_NAME_MAX else None
 
 
+def host_name(name):
+    """A wire name as text; None unless it is made of letters, digits, - and
+    _, so that it can be part of a path and of a certificate's name."""
+    labels, at = [], 0
+    while name and name[at]:
+        labels.append(name[at + 1:at + 1 + name[at]])
+        at += 1 + name[at]
+    text = b'.'.join(labels)
+    if not text or not all(labels) or not all(
+            c in b'abcdefghijklmnopqrstuvwxyz0123456789-_.' for c in text):
+        return None
+    return text if not any(b'.' in label for label in labels) else None
+
+
 def canonical(text):
     """An IP address in its canonical short form, IPv4 in IPv6 as IPv4; None
     if it is no address.  Strict: four decimal numbers, no zone."""
@@ -650,9 +739,10 @@ def literal(host):
 # Questions built, answers parsed (RFC 1035).  Names are in wire form, in
 # lower case, so that they compare as bytes.  Pure.
 
-A, CNAME, SOA, MX, AAAA, OPT = 1, 5, 6, 15, 28, 41
+A, CNAME, SOA, MX, AAAA, OPT, TLSA = 1, 5, 6, 15, 28, 41, 52
 NOERROR, FORMERR, NXDOMAIN, NOTIMP, BADVERS = 0, 1, 3, 4, 16
-QR, OPCODE, AA, TC, RD, RA = 0x8000, 0x7800, 0x0400, 0x0200, 0x0100, 0x0080
+QR, OPCODE, AA, TC = 0x8000, 0x7800, 0x0400, 0x0200
+RD, RA, AD = 0x0100, 0x0080, 0x0020
 
 
 class Malformed(Exception):
@@ -662,14 +752,18 @@ class Malformed(Exception):
 class Answer(Value):
     """A parsed answer.  rcode with its EDNS part; truncated; lame: neither
     authority nor recursion stands behind it; records: (owner, type, value)
-    of the answer section; final: an SOA says that there is no more."""
-    __slots__ = ('rcode', 'truncated', 'lame', 'records', 'final')
+    of the answer section; final: an SOA says that there is no more;
+    authentic: the server has validated it (AD, RFC 4035 3.2.3)."""
+    __slots__ = ('rcode', 'truncated', 'lame', 'records', 'final',
+                 'authentic')
 
 
-def build_question(ident, name, qtype, edns):
-    """A recursive question (RFC 1035 4.1; EDNS0: RFC 6891 6.1.2)."""
-    return struct.pack('>6H', ident, RD, 1, 0, 0, 1 if edns else 0) + name \
-        + struct.pack('>2H', qtype, 1) \
+def build_question(ident, name, qtype, edns, trusted=False):
+    """A recursive question (RFC 1035 4.1; EDNS0: RFC 6891 6.1.2); of a
+    trusted server it asks for AD in the answer (RFC 6840 5.7)."""
+    flags = RD | AD if trusted else RD
+    return struct.pack('>6H', ident, flags, 1, 0, 0, 1 if edns else 0) \
+        + name + struct.pack('>2H', qtype, 1) \
         + (struct.pack('>BHHLH', 0, OPT, DNS_UDP_SIZE, 0, 0) if edns else b'')
 
 
@@ -716,12 +810,17 @@ def read_record(packet, at):
 
 
 def read_value(packet, rtype, start, end):
-    """The value of an A or AAAA record (an address), MX (preference, name)
-    or CNAME (name); others as None.  Raises Malformed."""
+    """The value of an A or AAAA record (an address), MX (preference, name),
+    CNAME (name) or TLSA (usage, selector, matching type, data: RFC 6698);
+    others as None.  Raises Malformed."""
     if rtype in (A, AAAA):
         if end - start != (4 if rtype == A else 16):
             raise Malformed('address length')
         return address_text(packet[start:end])
+    if rtype == TLSA:
+        if end - start < 4:
+            raise Malformed('TLSA length')
+        return tuple(packet[start:start + 3]) + (packet[start + 3:end],)
     if rtype == MX:
         if end - start < 3:
             raise Malformed('MX length')
@@ -755,7 +854,7 @@ def parse_answer(packet, ident, name, qtype):
     at += 4
     rcode, records, final = flags & 15, [], False
     if flags & TC:
-        return Answer(rcode, True, False, records, final)
+        return Answer(rcode, True, False, records, final, False)
     for index in range(answers + authority + additional):
         owner, rtype, start, at, ttl = read_record(packet, at)
         if index < answers:
@@ -765,7 +864,8 @@ def parse_answer(packet, ident, name, qtype):
             final = True
         elif rtype == OPT:
             rcode |= ttl >> 24 << 4
-    return Answer(rcode, False, not flags & (AA | RA), records, final)
+    return Answer(rcode, False, not flags & (AA | RA), records, final,
+                  bool(flags & AD))
 
 
 def follow(records, name, qtype):
@@ -790,8 +890,9 @@ def follow(records, name, qtype):
 # any number of them together.
 
 class NameServer(Value):
-    """family and sockaddr as sockets want them."""
-    __slots__ = ('family', 'sockaddr')
+    """family and sockaddr as sockets want them; trusted: nobody is between
+    it and us who could set AD in its answers."""
+    __slots__ = ('family', 'sockaddr', 'trusted')
 
 
 class DnsConfig(Value):
@@ -802,8 +903,9 @@ class DnsConfig(Value):
 
 class Lookup(Value):
     """What became of a question.  status: OK (values may be empty: the name
-    has none), NONE (there is no such name) or SOFT (unknown for now)."""
-    __slots__ = ('status', 'values')
+    has none), NONE (there is no such name) or SOFT (unknown for now);
+    authentic: validated by a server that we may believe."""
+    __slots__ = ('status', 'values', 'authentic')
     OK, NONE, SOFT = 'ok', 'none', 'soft'
 
 
@@ -832,8 +934,10 @@ def name_server(text, port=DNS_PORT):
     except (OSError, ValueError, AttributeError):       # PyPy's _socket
         return None
     if b':' in address:
-        return NameServer(socket.AF_INET6, (address, port, 0, scope))
-    return NameServer(socket.AF_INET, (address, port))
+        return NameServer(socket.AF_INET6, (address, port, 0, scope),
+                          address == b'::1')
+    return NameServer(socket.AF_INET, (address, port),
+                      address.startswith(b'127.'))
 
 
 def parse_resolv_conf(data, override=b''):
@@ -847,9 +951,16 @@ def parse_resolv_conf(data, override=b''):
         elif words[:1] == [b'options']:
             options.update(word.partition(b':')[::2] for word in words[1:])
     forced = [name_server(word) for word in override.split()]
+    if b'trust-ad' in options:
+        for server in filter(None, servers):
+            server.trusted = True
     servers = [server for server in forced if server] or \
         [server for server in servers if server] or \
         [name_server(b'127.0.0.1')]
+    # What a trusted server calls bogus is asked of the others, too.
+    for server in servers[:DNS_SERVERS_MAX]:
+        server.trusted = all(each.trusted
+                             for each in servers[:DNS_SERVERS_MAX])
     return DnsConfig(
         servers[:DNS_SERVERS_MAX],
         min(parse_number(options.get(b'timeout'), DNS_TIMEOUT),
@@ -911,26 +1022,28 @@ class Resolver:
                             self.wait, self.clock)
 
     def _resolve(self, name, qtype):
-        config, links = self.config, 0
+        config, links, authentic = self.config, 0, True
         end = self.clock() + \
             config.attempts * len(config.servers) * config.timeout
+        soft = Lookup(Lookup.SOFT, [], False)
         try:
             while True:
                 answer = yield from self._any_server(name, qtype, end)
                 if answer is None:
-                    return Lookup(Lookup.SOFT, [])
+                    return soft
+                authentic = authentic and answer.authentic
                 values, name, more = follow(answer.records, name, qtype)
                 links += more
                 if links > DNS_LINKS_MAX:
                     raise Malformed('CNAME chain')
                 if values:
-                    return Lookup(Lookup.OK, values)
+                    return Lookup(Lookup.OK, values, authentic)
                 if answer.rcode == NXDOMAIN:
-                    return Lookup(Lookup.NONE, [])
+                    return Lookup(Lookup.NONE, [], authentic)
                 if answer.final or not more:
-                    return Lookup(Lookup.OK, [])
+                    return Lookup(Lookup.OK, [], authentic)
         except Malformed:       # a chain without end: somebody's slip
-            return Lookup(Lookup.SOFT, [])
+            return soft
 
     def _any_server(self, name, qtype, end):
         """The first Answer that is one, None if no server gives any until
@@ -954,6 +1067,8 @@ class Resolver:
                 if answer.rcode == NXDOMAIN or answer.rcode == NOERROR and \
                         not (answer.lame and not answer.records):
                     self.first = index
+                    if not config.servers[index].trusted:
+                        answer.authentic = False
                     return answer
         return None
 
@@ -961,7 +1076,8 @@ class Resolver:
         """One server's Answer.  Raises Malformed, TimedOut, OSError."""
         while True:
             ident = struct.unpack('>H', os.urandom(2))[0]
-            packet = build_question(ident, name, qtype, edns)
+            packet = build_question(ident, name, qtype, edns,
+                                    server.trusted)
 
             def understand(reply):
                 return parse_answer(reply, ident, name, qtype)
@@ -1069,9 +1185,16 @@ def raise_error_of(sock):
 # The route, the servers in their order, own addresses, tcpto.
 
 class Server(Value):
-    """A place to try: IP address (bytes), port, and the exchanger's or
-    relay's name (wire form; None for a literal address)."""
-    __slots__ = ('address', 'port', 'name')
+    """A place to try: IP address (bytes), port, the exchanger's or relay's
+    name (bytes; the address, if it has no host name), and its TLSA records
+    (a list, empty without DANE; None: not known for now)."""
+    __slots__ = ('address', 'port', 'name', 'tlsa')
+
+
+class Exchanger(Value):
+    """preference, name (wire form; None: a literal), addresses (in the
+    order to try them), tlsa as in Server."""
+    __slots__ = ('preference', 'name', 'addresses', 'tlsa')
 
 
 def choose_route(host, sender, control):
@@ -1119,14 +1242,15 @@ def find_servers(host, route, resolver, own):
     missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
     address = literal(target)
     if address is not None:
-        found, soft = [(0, None, [address])], []
+        found, soft = [Exchanger(0, None, [address], [])], []
     else:
         name = wire_name(target)
         if name is None:
             raise Report(missing)
-        exchangers = [(0, name)] if relay else \
+        exchangers, signed = ([(0, name)], False) if relay else \
             find_exchangers(name, resolver, missing, host)
-        found, soft, exists = find_addresses(exchangers, resolver)
+        found, soft, exists = find_addresses(exchangers, resolver,
+                                             port if signed else None)
         if not found:
             exists = exists or exchangers != [(0, name)]    # MX says so
             raise Report(DNS_SOFT if soft else missing
@@ -1134,17 +1258,20 @@ def find_servers(host, route, resolver, own):
     if not relay:
         found, soft = better_than_own(found, soft, own)
     servers, seen = [], set()
-    for _, name, addresses in in_order(found):
-        for address in addresses:
+    for exchanger in in_order(found):
+        for address in exchanger.addresses:
             if address not in seen:
                 seen.add(address)
-                servers.append(Server(address, port, name))
+                servers.append(Server(
+                    address, port, host_name(exchanger.name) or address,
+                    exchanger.tlsa))
     return servers[:SERVERS_MAX], bool(soft or servers[SERVERS_MAX:])
 
 
 def find_exchangers(name, resolver, missing, host):
-    """[(preference, wire name)] from MX, or the host itself without one.
-    Raises Report; a lookup that fails for now never falls back to A."""
+    """([(preference, wire name)] from MX, or the host itself without one;
+    whether the answer is authentic).  Raises Report; a lookup that fails
+    for now never falls back to A."""
     lookup, = resolver.ask([(name, MX)])
     if lookup.status == Lookup.SOFT:
         raise Report(DNS_SOFT)
@@ -1153,57 +1280,72 @@ def find_exchangers(name, resolver, missing, host):
     exchangers = [pair for pair in lookup.values if pair[1] != b'\0']
     if lookup.values and not exchangers:
         raise Report(NULL_MX % printable(host))         # RFC 7505
-    exchangers = sorted(set(exchangers)) or [(0, name)]
     best = {}
-    for preference, name in exchangers:                 # duplicates dropped
-        best.setdefault(name, preference)
+    for preference, name in sorted(exchangers or [(0, name)]):
+        best.setdefault(name, preference)               # no duplicates
     return [(preference, name) for name, preference in best.items()
-            ][:EXCHANGERS_MAX]
+            ][:EXCHANGERS_MAX], lookup.authentic
 
 
-def find_addresses(exchangers, resolver):
-    """(found, soft, exists): found is [(preference, name, addresses)], IPv4
-    first; soft the preferences of those that may have more, later;
-    exists tells whether any of the names exists."""
+def find_addresses(exchangers, resolver, tlsa_port):
+    """(found, soft, exists): found is a list of Exchangers, IPv4 addresses
+    first; soft the preferences of those that may have more, later; exists
+    tells whether any of the names exists.  With a tlsa_port the TLSA
+    records are asked for, too."""
     asked = [(preference, name) for preference, name in exchangers
              if literal_target(name) is None]
-    lookups = resolver.ask([(name, qtype) for _, name in asked
-                            for qtype in (A, AAAA)])
-    found = [(preference, name, [literal_target(name)])
+    found = [Exchanger(preference, None, [literal_target(name)], [])
              for preference, name in exchangers
              if literal_target(name) is not None]
+    questions = [(name, qtype) for _, name in asked for qtype in (A, AAAA)]
+    if tlsa_port:
+        prefix = b'_%d' % tlsa_port
+        prefix = bytes((len(prefix),)) + prefix + b'\4_tcp'
+        questions += [(prefix + name, TLSA) for _, name in asked
+                      if len(prefix + name) <= DNS_NAME_MAX]
+    lookups = dict(zip(questions, resolver.ask(questions)))
     soft, exists = [], False
-    for number, (preference, name) in enumerate(asked):
-        pair = lookups[2 * number:2 * number + 2]
+    for preference, name in asked:
+        pair = [lookups[name, A], lookups[name, AAAA]]
         addresses = [address for lookup in pair
                      for address in shuffled(lookup.values)[:ADDRESSES_MAX]]
         if addresses:
-            found.append((preference, name, addresses))
+            tlsa = lookups.get((prefix + name, TLSA)) if tlsa_port else None
+            found.append(Exchanger(preference, name, addresses,
+                                   dane_records(pair, tlsa)))
         if any(lookup.status == Lookup.SOFT for lookup in pair):
             soft.append(preference)
         exists = exists or any(lookup.status == Lookup.OK for lookup in pair)
     return found, soft, exists
 
 
+def dane_records(addresses, tlsa):
+    """The TLSA records that count, given the Lookups of addresses and TLSA
+    (None: not asked).  Without authentic addresses TLSA is not even looked
+    at: unsigned zones sit on servers that choke on it (RFC 7672 2.2.2)."""
+    if tlsa is None or not all(lookup.authentic for lookup in addresses
+                               if lookup.values):
+        return []
+    if tlsa.status == Lookup.SOFT:
+        return None
+    return tlsa.values if tlsa.authentic else []
+
+
 def literal_target(name):
     """The address that a thoughtless MX record has for a name, or None.
     Classic qmail-remote delivers to it, and so do we (dns.c)."""
-    if len(name) > 17 or not name[1:2].isdigit():
-        return None
-    labels, at = [], 0
-    while name[at]:
-        labels.append(name[at + 1:at + 1 + name[at]])
-        at += 1 + name[at]
-    return canonical(b'.'.join(labels)) if len(labels) == 4 else None
+    return canonical(host_name(name) or b'') if name[1:2].isdigit() else None
 
 
 def better_than_own(found, soft, own):
     """found and soft without what is not strictly better than the best
     address of this host's own.  Raises Report if nothing is left."""
-    limit = min((preference for preference, _, addresses in found
-                 if any(own(address) for address in addresses)), default=None)
+    limit = min((exchanger.preference for exchanger in found
+                 if any(own(address) for address in exchanger.addresses)),
+                default=None)
     if limit is not None:
-        found = [entry for entry in found if entry[0] < limit]
+        found = [exchanger for exchanger in found
+                 if exchanger.preference < limit]
         soft = [preference for preference in soft if preference < limit]
         if not found:
             raise Report(DNS_SOFT if soft else OWN_ADDRESS)
@@ -1212,13 +1354,12 @@ def better_than_own(found, soft, own):
 
 def shuffled(values):
     """The values in an unpredictable order."""
-    return [value for _, value in
-            sorted((os.urandom(4), value) for value in values)]
+    return sorted(values, key=lambda value: os.urandom(4))
 
 
 def in_order(found):
     """By preference; ties in random order (RFC 5321 5.1)."""
-    return sorted(shuffled(found), key=lambda entry: entry[0])
+    return sorted(shuffled(found), key=lambda entry: entry.preference)
 
 
 class OwnAddresses:
@@ -1355,7 +1496,291 @@ class TcpTo:
                 os.close(fd)
 
 
-# ------------------------------------------------------------- 8. The line
+# ------------------------------------------------------------------ 8. TLS
+# What a server must prove, and whether its certificates do.  Pure, but for
+# the OpenSSL contexts made here.  The ssl module takes longer to import than
+# all else here together: only when a server has TLS.
+
+X509_PARTIAL_CHAIN = 0x80000    # openssl/x509_vfy.h; ssl knows it since 3.10
+
+
+class TlsPolicy(Value):
+    """wanted: try it if it is offered; required: nothing is sent without.
+    check: how the certificate is checked, trust with what:
+    NOTHING, None; SYSTEM, None (the system's trust store); FILE, PEM bytes;
+    DANE, TLSA records; ANCHORS, certificates in DER."""
+    __slots__ = ('wanted', 'required', 'check', 'trust')
+    NOTHING, SYSTEM, FILE, DANE, ANCHORS = \
+        'nothing', 'system', 'file', 'dane', 'anchors'
+
+
+def choose_tls(port, password, tlsa, control):
+    """The TlsPolicy for a server, given its port, whether a password is
+    for it, its TLSA records and its TlsControl.  What the administrator has
+    laid down comes before DNS."""
+    if control.pem is not None:
+        return TlsPolicy(True, True, TlsPolicy.FILE, control.pem)
+    if password and port in PORTS_PASSWORD:
+        return TlsPolicy(not control.never, True, TlsPolicy.SYSTEM, None)
+    if control.never:
+        return TlsPolicy(False, False, TlsPolicy.NOTHING, None)
+    if tlsa:
+        usable = [record for record in tlsa if dane_usable(record)]
+        return TlsPolicy(True, True, TlsPolicy.DANE, usable) if usable else \
+            TlsPolicy(True, True, TlsPolicy.NOTHING, None)
+    return TlsPolicy(True, False, TlsPolicy.NOTHING, None)
+
+
+def second_policy(policy, failed, port, password):
+    """What to try after TlsFailed at the same address: with the anchors
+    that DANE found, or in the clear if nothing speaks against it; None:
+    nothing.  Neither has a second one itself."""
+    if failed.anchors:
+        return TlsPolicy(True, True, TlsPolicy.ANCHORS, failed.anchors)
+    if policy.required or password or port == PORT_SMTPS:
+        return None
+    return TlsPolicy(False, False, TlsPolicy.NOTHING, None)
+
+
+def tls_hint(policy, port, password, name):
+    """What an administrator can do about failed TLS."""
+    if password and port in PORTS_PASSWORD and \
+            policy.check == TlsPolicy.SYSTEM:
+        return TLS_PASSWORD % name
+    return TLS_CLEAR if password and not policy.required else b''
+
+
+def tls_context(policy, control):
+    """An SSLContext.  Raises ImportError if this Python has no ssl, and
+    Report if a control file is no good; TlsFailed if a TLSA record is."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
+    try:
+        if control.ciphers:
+            # Without a certificate OpenSSL would have nothing to check.
+            context.set_ciphers(control.ciphers.decode('ascii') +
+                                ':!aNULL:!eNULL')
+        if control.cert:        # OpenSSL opens it; there is no other way
+            context.load_cert_chain(os.fsdecode(control.cert),
+                                    password=lambda: '')
+        if policy.check == TlsPolicy.FILE:
+            context.load_verify_locations(
+                cadata=policy.trust.decode('ascii', 'ignore'))
+    except (OSError, ValueError):       # SSLError is an OSError
+        raise Report(NO_CONTROL)
+    if policy.check in (TlsPolicy.NOTHING, TlsPolicy.DANE):
+        return context
+    if policy.check == TlsPolicy.SYSTEM:
+        context.set_default_verify_paths()
+    else:
+        if policy.check == TlsPolicy.ANCHORS:
+            for certificate in policy.trust:
+                try:
+                    context.load_verify_locations(cadata=certificate)
+                except (OSError, ValueError):
+                    pass        # an anchor less: the check gets no easier
+        # Trust may end at the server's own certificate, or at any CA's.
+        context.verify_flags |= X509_PARTIAL_CHAIN
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.check_hostname = True
+    return context
+
+
+def pem_certificates(pem):
+    """The certificates of a PEM file, in DER; what is damaged is left
+    out."""
+    import binascii
+    found = []
+    for part in pem.split(b'-----BEGIN CERTIFICATE-----')[1:]:
+        try:
+            found.append(binascii.a2b_base64(
+                part.split(b'-----END CERTIFICATE-----')[0]))
+        except ValueError:
+            pass
+    return found
+
+
+def der_item(data, at):
+    """(tag, start of the content, end) of the DER item there (X.690 8.1).
+    Raises ValueError."""
+    if at + 2 > len(data):
+        raise ValueError('DER ends')
+    tag, size, start = data[at], data[at + 1], at + 2
+    if size > 127:
+        start += size & 127
+        size = int.from_bytes(data[at + 2:start], 'big')
+    if start + size > len(data):
+        raise ValueError('DER ends')
+    return tag, start, start + size
+
+
+def public_key(certificate):
+    """The subjectPublicKeyInfo of a certificate, in DER (RFC 5280 4.1).
+    Raises ValueError."""
+    at = der_item(certificate, der_item(certificate, 0)[1])[1]
+    if der_item(certificate, at)[0] == 0xA0:    # the version, if not v1
+        at = der_item(certificate, at)[2]
+    for _ in 'serial', 'signature', 'issuer', 'validity', 'subject':
+        at = der_item(certificate, at)[2]
+    return certificate[at:der_item(certificate, at)[2]]
+
+
+def dane_usable(record):
+    """Whether a TLSA record can decide (RFC 7672 3.1): usages 2 and 3.  A
+    digest for usage 2 needs the certificates that the server shows, which
+    not every Python lets us see."""
+    usage, selector, matching, data = record
+    if record[:3] == (2, 0, 0):
+        try:
+            return bool(public_key(data))
+        except ValueError:
+            return False
+    if usage not in (2, 3) or selector > 1 or matching > 2 or \
+            len(data) != {0: len(data), 1: 32, 2: 64}[matching]:
+        return False
+    return usage == 3 or can_show_chain()
+
+
+def dane_match(record, certificate):
+    """Whether the record means this certificate (RFC 6698 2.1)."""
+    _, selector, matching, data = record
+    try:
+        chosen = public_key(certificate) if selector else certificate
+    except ValueError:
+        return False
+    if matching:
+        import hashlib
+        chosen = hashlib.new('sha256' if matching == 1 else 'sha512',
+                             chosen).digest()
+    return chosen == data
+
+
+def dane_check(records, chain):
+    """Returns if the server's own certificate, chain's first, is one that
+    usage 3 names; neither its name nor its age matters then.  Raises
+    TlsFailed; with anchors, if usage 2 names an issuer that a second
+    handshake has to verify the chain with (RFC 7672 3.1)."""
+    for record in records:
+        if record[0] == 3 and dane_match(record, chain[0]):
+            return
+    anchors = {record[3] for record in records if record[:3] == (2, 0, 0)}
+    anchors.update(certificate for certificate in chain for record in records
+                   if record[0] == 2 and dane_match(record, certificate))
+    raise TlsFailed(b'no TLSA record matches the certificate',
+                    sorted(anchors))
+
+
+def can_show_chain():
+    """Whether this Python lets us see the certificates of a server: in
+    public since 3.13, below the surface since 3.10, not in PyPy."""
+    try:
+        import ssl
+    except ImportError:
+        return False
+    return hasattr(ssl.SSLObject, 'get_unverified_chain') or \
+        hasattr(getattr(ssl._ssl, '_SSLSocket', None),
+                'get_unverified_chain')
+
+
+def shown_chain(connection):
+    """The certificates that an SSLObject's server has shown, in DER, its
+    own first; only that one where Python does not show the others."""
+    first = connection.getpeercert(True)
+    if hasattr(connection, 'get_unverified_chain'):
+        return [first] + list(connection.get_unverified_chain())
+    if not can_show_chain():
+        return [first]
+    from _ssl import ENCODING_DER
+    return [first] + [certificate.public_bytes(ENCODING_DER) for certificate
+                      in connection._sslobj.get_unverified_chain()]
+
+
+class TlsLayer:
+    """TLS between a Line and its socket: bytes in, bytes out, through
+    memory.  It never waits, and does not touch the socket."""
+
+    def __init__(self, context, name):
+        import ssl
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.want, self.context = ssl.SSLWantReadError, context
+        # A str is put through IDNA, which costs as much as all of socket;
+        # but Python 3.6 checks certificates for a str only.
+        checked = context.verify_mode != ssl.CERT_NONE
+        self.connection = context.wrap_bio(
+            self.incoming, self.outgoing,
+            server_hostname=name.decode('ascii') if name and checked
+            else name)
+
+    def handshake(self):
+        """True when it is done, False if more has to come in.  Raises
+        TlsFailed."""
+        try:
+            self.connection.do_handshake()
+            return True
+        except self.want:
+            return False
+        except (OSError, ValueError) as error:  # SSLError, CertificateError
+            raise TlsFailed(tls_reason(error))
+
+    def encrypt(self, data):
+        """True, or False if more has to come in first (renegotiation)."""
+        try:
+            self.connection.write(data)
+            return True
+        except self.want:
+            return False
+        except OSError as error:
+            raise Lost(tls_reason(error))
+
+    def decrypt(self, data=None):
+        """(plain text, whether it is the last), of data if there are new
+        ones.  Empty data mean that the line has ended; that nobody said so
+        in TLS is no matter, for SMTP has ends of its own."""
+        ended, plain = data == b'', b''
+        if data:
+            self.incoming.write(data)
+        elif ended:
+            self.incoming.write_eof()
+        try:
+            while True:
+                block = self.connection.read(INPUT_BLOCK)
+                if not block:
+                    return plain, True
+                plain += block
+        except self.want:
+            return plain, ended
+        except OSError as error:
+            if plain or ended:
+                return plain, True
+            raise Lost(tls_reason(error))
+
+    def output(self):
+        """What has to go out."""
+        return self.outgoing.read()
+
+    def facts(self):
+        """Protocol and cipher, for the report."""
+        return '{}, {}'.format(self.connection.version(),
+                               self.connection.cipher()[0]).encode()
+
+
+def tls_reason(error):
+    """An error of the ssl module in a few words."""
+    words = getattr(error, 'verify_message', None) or \
+        (getattr(error, 'reason', None) or '').replace('_', ' ').lower() or \
+        str(error) or 'TLS error'
+    return printable_words(str(words).encode('ascii', 'replace'))
+
+
+def printable_words(text):
+    """On one line, without control bytes."""
+    return bytes(c if 32 <= c <= 126 else 63 for c in text).rstrip(b'.')
+
+
+# ------------------------------------------------------------- 9. The line
 # A socket with deadlines.  The only code that waits.
 
 # The launcher's process id, if sh started us: it is what an administrator
@@ -1415,11 +1840,76 @@ class Line:
         self.sock, self.wait, self.clock = sock, wait, clock
         self.input = b''        # came in, not yet read as a reply
         self.ended = False      # the peer has closed its side
+        self.tls = None         # a TlsLayer, once it is up
+        self.backlog = b''      # what TLS has to say besides
+
+    def start_tls(self, context, name, seconds, judge=lambda tls: None):
+        """The handshake, within seconds.  name is what to ask for, and to
+        check if the context says so (bytes, or None); judge(TlsLayer) has
+        the last word on the handshake.  Raises TlsFailed;
+        Lost if the peer sent something in the clear before, which would
+        pass for encrypted words later (RFC 3207, CVE-2011-0411)."""
+        try:
+            closed = self.heard()
+        except Lost as lost:
+            raise TlsFailed(lost.note)
+        if self.input:
+            raise Lost(b'spoke in the clear before the TLS handshake')
+        if closed:
+            raise TlsFailed(b'connection closed')
+        try:
+            tls, deadline = TlsLayer(context, name), self.clock() + seconds
+        except (OSError, ValueError) as error:
+            raise TlsFailed(tls_reason(error))
+        try:
+            done = False
+            while not done:
+                try:
+                    done = tls.handshake()
+                finally:        # an alert has to go out, too
+                    self._push(tls.output(), deadline)
+                if not done:
+                    tls.incoming.write(self._receive(deadline))
+            judge(tls)
+            # What came with the last bytes of the handshake is encrypted;
+            # nonsense in it would make OpenSSL forget the certificate.
+            self.input, self.ended = tls.decrypt()
+        except Lost as lost:
+            raise TlsFailed(lost.note)
+        self.tls = tls
 
     def send(self, data, seconds, stop_on_input=False):
         """Sends all of it within seconds.  False if it stopped because
         something came in, if asked to."""
-        rest, deadline = memoryview(data), self.clock() + seconds
+        deadline = self.clock() + seconds
+        if self.tls:
+            data = self._encrypt(data, deadline)
+        return self._push(data, deadline, stop_on_input)
+
+    def _encrypt(self, data, deadline):
+        while not self.tls.encrypt(data):
+            self._push(self.tls.output(), deadline)
+            self.input += self.tls.decrypt(self._receive(deadline))[0]
+        self.backlog, data = b'', self.backlog + self.tls.output()
+        return data
+
+    def _receive(self, deadline):
+        """Some bytes from the socket.  Raises Lost at its end."""
+        while True:
+            self._wait(True, False, deadline)
+            try:
+                data = self.sock.recv(INPUT_BLOCK)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise Lost(reason(error))
+            if not data:
+                raise Lost(b'connection closed')
+            return data
+
+    def _push(self, data, deadline, stop_on_input=False):
+        """Sends bytes as they are; see send()."""
+        rest = memoryview(data)
         while rest:
             try:
                 rest = rest[self.sock.send(rest):]
@@ -1448,6 +1938,7 @@ class Line:
             if self.ended:
                 raise Lost(b'connection closed')
             if not self._fill():
+                self._push_backlog()
                 self._wait(True, False, deadline)
             elif self.clock() >= deadline:
                 raise Lost(b'timed out')
@@ -1455,15 +1946,16 @@ class Line:
     def heard(self):
         """Whether the peer has said something that nobody has read, or has
         closed the line."""
-        while not self.input and not self.ended and self._fill():
-            pass
+        for _ in range(IDLE_MAX):
+            if self.input or self.ended or not self._fill():
+                break
         return bool(self.input) or self.ended
 
     def last_words(self):
         """The Reply that a dead line still holds, or None."""
         try:
-            while self._fill():
-                if len(self.input) > REPLY_KEPT:
+            for _ in range(IDLE_MAX):
+                if len(self.input) > REPLY_KEPT or not self._fill():
                     break
         except Lost:
             pass
@@ -1477,8 +1969,10 @@ class Line:
     def whisper(self, data):
         """Sends what fits at once, and does not care."""
         try:
+            if self.tls:
+                data = self._encrypt(data, self.clock())
             self.sock.send(data)
-        except OSError:
+        except (OSError, Lost):
             pass
 
     def close(self):
@@ -1494,9 +1988,23 @@ class Line:
             return False
         except OSError as error:
             raise Lost(reason(error))
+        if self.tls:
+            data, self.ended = self.tls.decrypt(data)
+            self.backlog += self.tls.output()
+            self.input += data
+            return True
         self.ended = not data
         self.input += data
         return True
+
+    def _push_backlog(self):
+        """Answers what TLS itself asked (a key update), without waiting;
+        what does not fit leaves with the next send()."""
+        try:
+            if self.backlog:
+                self.backlog = self.backlog[self.sock.send(self.backlog):]
+        except OSError:
+            pass
 
     def _wait(self, reading, writing, deadline):
         try:
@@ -1511,7 +2019,7 @@ def reason(error):
     return os.strerror(error.errno or errno.EIO).lower().encode()
 
 
-# ---------------------------------------------------------- 9. The message
+# --------------------------------------------------------- 10. The message
 # From LF to what goes over the wire (pure), and the only reader of fd 0.
 
 def wire_form(blocks):
@@ -1584,7 +2092,7 @@ class Message:
             raise Report(PARTIAL_LINE)
 
 
-# ---------------------------------------------------------------- 10. SMTP
+# ---------------------------------------------------------------- 11. SMTP
 # The grammar of replies and of EHLO, answers to AUTH (pure); the session.
 
 class Reply(Value):
@@ -1762,10 +2270,12 @@ class Session:
     run() returns a Report once the server has accepted the sender, and
     raises NextServer before that."""
 
-    def __init__(self, line, address, control, envelope, credentials,
-                 message):
-        self.line, self.address, self.control = line, address, control
+    def __init__(self, line, server, control, envelope, credentials,
+                 message, tls, tls_context):
+        self.line, self.server, self.control = line, server, control
+        self.address = server.address
         self.envelope, self.credentials = envelope, credentials
+        self.tls, self.tls_context = tls, tls_context
         self.message, self.timeout = message, control.timeoutremote
         self.secrets = secrets_of(credentials)
         self.offered = {}           # by EHLO
@@ -1773,11 +2283,17 @@ class Session:
         self.accepted = False       # MAIL: from here on all is final
         self.data_ended = False     # the final dot is out, without a reply
         self.reports = []           # of the recipients
+        self.tail = b''             # about TLS, for the report
 
     def run(self):
+        """See above.  Raises TlsFailed if the line is in the clear, and
+        should not be."""
         try:
+            if self.server.port == PORT_SMTPS and self.tls.wanted:
+                self.secure(self.context())
             self.greeting()
             self.hello()
+            self.start_tls()
             self.authenticate()
             self.mail()
             self.recipients()
@@ -1787,6 +2303,7 @@ class Session:
             if self.data_ended:
                 report.text = DIED_LATE % self.address
             report.recipients = report.recipients or self.reports
+            report.tail = self.tail
             return report
         except Lost as lost:
             text = DIED_LATE if self.data_ended else DIED
@@ -1808,9 +2325,9 @@ class Session:
             note += b': ' + first_words(reply, self.secrets)
         text += self.unauthenticated
         if not self.accepted:
-            raise NextServer(text, note, reply is not None,
+            raise NextServer(text + self.tail, note, reply is not None,
                              text.startswith(b'D'))
-        return Report(text, self.reports)
+        return Report(text, self.reports, self.tail)
 
     def refused(self, text, reply, note):
         """The same after QUIT; temporary unless the reply is 5xx."""
@@ -1858,6 +2375,68 @@ class Session:
             reply = self.expect(self.command(b'HELO ', self.control.helohost))
         if reply.kind() != 2:
             self.refused(NAME_REJECTED, reply, b'my name was rejected')
+
+    def start_tls(self):
+        """STARTTLS (RFC 3207) if it is offered or required.  Raises
+        TlsFailed, for a second try or none."""
+        if self.line.tls or not self.tls.wanted:
+            return
+        if b'STARTTLS' not in self.offered:
+            if self.tls.required:
+                self.quit()
+                raise TlsFailed(b'the server does not offer STARTTLS')
+            return
+        context = self.context()
+        if context is None:
+            return
+        try:
+            reply = self.command(b'STARTTLS')
+        except Lost as lost:
+            raise TlsFailed(b'no answer to STARTTLS: ' + lost.note)
+        if reply.code != 220:
+            self.quit()
+            raise TlsFailed(b'STARTTLS refused: ' +
+                            first_words(reply, self.secrets))
+        self.secure(context)
+        self.offered = {}
+        try:
+            self.hello()
+        except Lost as lost:    # in TLS 1.3 our certificate is judged so late
+            raise TlsFailed(lost.note)
+
+    def context(self):
+        """The SSLContext; None if this Python has no ssl module and nothing
+        speaks against the clear.  Raises TlsFailed."""
+        try:
+            return self.tls_context(self.tls)
+        except ImportError:
+            if self.tls.required or self.credentials or \
+                    self.server.port == PORT_SMTPS:
+                self.quit()
+                raise TlsFailed(b'this Python has no ssl module')
+
+    def secure(self, context):
+        """The handshake, with the check of the certificate."""
+        name = self.server.name
+        if canonical(name) and self.tls.check == TlsPolicy.NOTHING:
+            name = None                     # RFC 6066 3: no address in SNI
+        self.line.start_tls(context, name, self.timeout, self.judge)
+
+    def judge(self, layer):
+        """The check of the certificate, as far as OpenSSL leaves it to us,
+        and the words for the report.  Raises TlsFailed."""
+        connection, check = layer.connection, self.tls.check
+        checked = b'verified'
+        if check == TlsPolicy.NOTHING:
+            checked = b'certificate not checked'
+        elif check == TlsPolicy.DANE:
+            dane_check(self.tls.trust, shown_chain(connection))
+        elif check == TlsPolicy.FILE and connection.getpeercert(True) in \
+                pem_certificates(self.tls.trust):
+            checked = b'pinned'
+        if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+            checked = b'DANE'
+        self.tail = layer.facts() + b', ' + checked + b'\n'
 
     def mail(self):
         sender, extension = self.envelope.sender, b''
@@ -1931,7 +2510,7 @@ class Session:
         text = (b'K' + self.unauthenticated + ACCEPTED % self.address +
                 said(reply, self.secrets))
         self.quit()
-        return Report(text, self.reports)
+        return Report(text, self.reports, self.tail)
 
     def send_part(self, data):
         """Sends a part of the message.  Raises EarlyReply if the server
@@ -1957,10 +2536,13 @@ class Session:
         next server, for it would count as a guess at the password."""
         if self.credentials is None:
             return
-        methods = [(name, step) for name, step in (
-            (b'CRAM-MD5', self.auth_cram), (b'PLAIN', self.auth_plain),
-            (b'LOGIN', self.auth_login))
-            if name in self.offered.get(b'AUTH', ())]
+        methods = [(b'PLAIN', self.auth_plain), (b'LOGIN', self.auth_login)]
+        # Over TLS the plain methods come first: they do not need the server
+        # to keep the password in the clear.
+        methods.insert(2 if self.line.tls else 0,
+                       (b'CRAM-MD5', self.auth_cram))
+        methods = [(name, step) for name, step in methods
+                   if name in self.offered.get(b'AUTH', ())]
         rejected = None
         for name, step in methods:
             try:
@@ -2044,15 +2626,17 @@ class Session:
         return True
 
 
-# ---------------------------------------------------------------- 11. Main
+# ---------------------------------------------------------------- 12. Main
 # Everything in its order; the loop over servers decides between "next" and
 # "report", and nobody else does.
 
 class World(Value):
     """What a delivery needs from outside: resolver (ask()), own (whether an
     address is this host's), tcpto, connect (address, port, seconds -> a
-    socket), line (socket -> a Line) and message (check(), blocks())."""
-    __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message')
+    socket), line (socket -> a Line), message (check(), blocks()) and
+    tls_control (name -> a TlsControl)."""
+    __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message',
+                 'tls_control')
 
 
 def real_world(control, message_closed):
@@ -2067,7 +2651,7 @@ def real_world(control, message_closed):
         Resolver(config, wait, time.monotonic),
         OwnAddresses(control.moreipme, control.notipme, is_local),
         TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect, Line,
-        Message(0, message_closed, control.timeoutremote))
+        Message(0, message_closed, control.timeoutremote), read_tls_control)
 
 
 def deliver(host, sender, recipients, control, world):
@@ -2118,7 +2702,36 @@ def try_servers(servers, complete, attempt):
 
 
 def try_server(server, route, envelope, control, world):
-    """One server's Report; raises NextServer."""
+    """One server's Report; raises NextServer.  A second connection is made
+    only if TLS failed on the first: in the clear where that may be, or with
+    the certificates that DANE found."""
+    if server.tlsa is None:
+        raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed')
+    password = route.credentials is not None
+    tls_control = world.tls_control(server.name)
+    tls = choose_tls(server.port, password, server.tlsa, tls_control)
+    if tls.required and not tls.wanted:
+        raise NextServer(TLS_FORBIDDEN % (server.name, server.port),
+                         b'TLS forbidden by control/notlshosts')
+    while True:
+        session = Session(
+            open_line(server, control, world), server, control, envelope,
+            route.credentials, world.message, tls,
+            lambda policy: tls_context(policy, tls_control))
+        try:
+            return session.run()
+        except TlsFailed as failed:
+            failure = failed
+        hint = tls_hint(tls, server.port, password, server.name)
+        tls = second_policy(tls, failure, server.port, password)
+        if tls is None:
+            raise NextServer(
+                TLS_FAILED % (server.address, failure.reason) + hint,
+                b'TLS failed: ' + failure.reason)
+
+
+def open_line(server, control, world):
+    """A Line to the server; raises NextServer."""
     address = server.address
     if world.tcpto.skip(address):
         raise NextServer(None, b'timed out before, not tried (qmail-tcpto)')
@@ -2131,8 +2744,7 @@ def try_server(server, route, envelope, control, world):
         world.tcpto.answered(address)
         raise NextServer(None, reason(error))
     world.tcpto.answered(address)
-    return Session(world.line(sock), address, control, envelope,
-                   route.credentials, world.message).run()
+    return world.line(sock)
 
 
 def fill_descriptors():
