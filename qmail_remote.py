@@ -5,9 +5,33 @@
 # memory or no process left, this file is damaged) must end as exit 111, a
 # deferral; any other status but 0 bounces the mail.  fd 2 is the reports'
 # pipe, so that a traceback there would bounce it as well.
+# To compile this file takes Python longer than to deliver a message.  So the
+# few lines for python3 -c run the bytecode in __pycache__ beside the file, if
+# root has put it there and nobody else can change it, and it fits the source
+# and this Python (SourceFileLoader sees to that); otherwise the source.
 trap 'exit 111' 0
 [ -t 2 ] || exec 2>/dev/null
-LC_ALL=C python3 -IS -X under_sh "$0" "$@" && trap - 0 && exit 0
+LC_ALL=C python3 -ISB -X under_sh -c '
+import posix, sys
+from _frozen_importlib_external import SourceFileLoader, cache_from_source
+del sys.argv[0]
+path = sys.argv[0]
+try:
+    link = posix.readlink(path)
+    path = link if link[0] == "/" else path[:path.rfind("/") + 1] + link
+except OSError:
+    pass
+loader = SourceFileLoader("qmail_remote", path)
+try:
+    cache = cache_from_source(path)
+    for entry in map(posix.stat, (cache, cache[:cache.rfind("/")])):
+        if entry.st_uid or entry.st_mode & 0o22:
+            raise OSError
+    code = loader.get_code("qmail_remote")
+except Exception:
+    code = loader.source_to_code(loader.get_data(path), path)
+exec(code)
+' "$0" "$@" && trap - 0 && exit 0
 exit 111
 ':'''
 #
@@ -51,13 +75,16 @@ DESCRIPTION
     connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
     to the next one.  After that the server's word is final.
 
-    TLS is used where the server offers STARTTLS, and from the first byte on
-    port 465; if it fails, the message goes to the same address in the clear.
-    It is required, and the certificate checked, where control/tlshosts says
-    so, where authentic TLSA records do (DANE, RFC 7672, by a name server on
-    this host or with "options trust-ad" in resolv.conf(5)), and on ports 465
-    and 587 before a password.  After a failure of TLS no password is sent in
-    the clear.
+    TLS is used where the server offers STARTTLS; if it fails, the message
+    goes to the same address in the clear.  On port 465 it is used from the
+    first byte, and nothing is sent without.  It is required, and the
+    certificate checked, where control/tlshosts says so, where authentic TLSA
+    records do (DANE, RFC 7672, by a name server on this host or with "options
+    trust-ad" in resolv.conf(5)), and on ports 465 and 587 before a password.
+    After a failure of TLS no password is sent in the clear.
+
+    With PIPELINING the whole envelope leaves at once, with CHUNKING a small
+    message too; SIZE, 8BITMIME and SMTPUTF8 are used where they are offered.
 
     There are no options; getopt(3) is not followed.
 
@@ -173,7 +200,8 @@ CONTROL FILES
         Give it to root, group qmail, mode 0640.
 
     tlsclientciphers
-        The ciphers to use, a list for OpenSSL, see ciphers(1).
+        The ciphers to use with TLS 1.2, a list for OpenSSL, see
+        ciphers(1).
 
     ../queue/lock/tcpto
         Servers that recently timed out, shared with qmail-tcpto(8) and
@@ -184,6 +212,9 @@ ENVIRONMENT
     DNSCACHEIP  name servers, separated by blanks, instead of those in
                 /etc/resolv.conf: 127.0.0.1, ::1, 127.0.0.1:5353 or
                 [::1]:5353
+    SSL_CERT_FILE, SSL_CERT_DIR, OPENSSL_CONF
+                are OpenSSL's: where the system's trusted certificates are,
+                and its defaults
 
 SECURITY
     Nothing that an address, a message, a control file or a reply holds can
@@ -197,21 +228,23 @@ SEE ALSO
     qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505, RFC 7672, RFC 8314
 """
 
+# The C halves of os, struct, stat and socket have all that we need, and this
+# is the time to be mean: bare Python starts in 7 ms, os proper costs another
+# 1 ms and socket proper 8, at every delivery.
 import errno
 import fcntl
-import os
+import posix as os
 import select
-import stat
-import struct
 import sys
 import time
-
+import _struct as struct
 try:
-    import _socket as socket    # the C half has all we need; the Python half
-except ImportError:             # costs as much to import as all else here
+    import _socket as socket
+    import _stat as stat
+except ImportError:
     import socket
+    import stat
 
-VERSION = '0.1'
 QMAIL_HOME = "/var/qmail"
 
 
@@ -247,12 +280,17 @@ REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
 REPLY_KEPT = 16384              # bytes of a reply kept, before masking
 TRAIL_MAX = 200                 # bytes of a reply shown in the trail
 INPUT_BLOCK = 65536             # bytes asked of the socket at once
-IDLE_MAX = 100                  # blocks without a word in them, before ours
-MESSAGE_BLOCK = 65536           # bytes of the message read and sent at once
+IDLE_MAX = 256                  # blocks taken in ahead of their time
+MESSAGE_BLOCK = 262144          # bytes of the message read at once
+COUNTED_MAX = 4 << 20          # bytes whose lines are counted for SIZE
+SEND_PIECE = 65536              # bytes with a deadline of their own
+CHUNK_MAX = 32768               # a message up to this size may ride in BDAT
+BACKLOG_MAX = 16 << 20          # bytes of replies held while we still send
 SERVERS_MAX = 20                # addresses tried in one run
 EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
 ADDRESSES_MAX = 256             # addresses of one exchanger and family
 AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
+AUTH_COMMAND_MAX = 510          # the same of AUTH itself (RFC 5321 4.5.3.1.4)
 ORPHAN_CHECK = 5                # how soon a killed launcher is noticed
 
 DNS_PORT = 53
@@ -262,7 +300,7 @@ DNS_SERVERS_MAX = 3                         # MAXNS, resolv.h
 DNS_UDP_SIZE = 1232                         # EDNS0 without fragmentation
 DNS_LINKS_MAX = 10                          # CNAMEs from one name
 DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
-DNS_TOGETHER = 256                          # questions in flight
+DNS_TOGETHER = 3 * EXCHANGERS_MAX           # questions in flight
 
 TCPTO_RECORDS, TCPTO_SIZE = 64, 16          # tcpto.c
 TCPTO_COUNT_MAX = 10
@@ -345,12 +383,14 @@ class Report(Exception):
 class NextServer(Exception):
     """This server cannot have the message; the next one may.
 
-    report is what to say if there is none, or None; note the trail's words;
-    answered tells whether the server itself refused, permanent whether it
-    did so for good (5xx to MAIL)."""
+    report is what to say if there is none, or None, tail its last line;
+    note the trail's words; answered tells whether the server itself
+    refused, permanent whether it did so for good (5xx to MAIL)."""
 
-    def __init__(self, report, note, answered=False, permanent=False):
+    def __init__(self, report, note, answered=False, permanent=False,
+                 tail=b''):
         Exception.__init__(self, note)
+        self.tail = tail
         self.report, self.note = report, note
         self.answered, self.permanent = answered, permanent
 
@@ -370,7 +410,7 @@ class TimedOut(Exception):
 
 class Lost(Exception):
     """The line is dead, or the peer is out of step; unsent is the number of
-    bytes of the last send that never left."""
+    bytes of the last send that never left (of TLS's, over TLS)."""
 
     def __init__(self, note, unsent=0):
         Exception.__init__(self, note)
@@ -771,7 +811,7 @@ def read_name(packet, at):
     """(name, where it ends).  Pointers must lead strictly backwards, so
     that there is no loop (RFC 1035 4.1.4).  Raises Malformed."""
     name, after, start = b'', None, at
-    while True:
+    for _ in range(DNS_NAME_MAX):       # more steps than any name needs
         length = packet[at:at + 1]
         if not length:
             raise Malformed('name past the end')
@@ -793,6 +833,7 @@ def read_name(packet, at):
         at += 1 + size
         if not size:
             return name.lower(), at if after is None else after
+    raise Malformed('pointers without end')
 
 
 def read_record(packet, at):
@@ -930,7 +971,7 @@ def name_server(text, port=DNS_PORT):
     try:
         if percent:
             scope = int(zone) if zone.isdigit() and len(zone) < 10 else \
-                socket.if_nametoindex(os.fsdecode(zone))
+                socket.if_nametoindex(zone.decode('ascii', 'replace'))
     except (OSError, ValueError, AttributeError):       # PyPy's _socket
         return None
     if b':' in address:
@@ -1247,10 +1288,11 @@ def find_servers(host, route, resolver, own):
         name = wire_name(target)
         if name is None:
             raise Report(missing)
-        exchangers, signed = ([(0, name)], False) if relay else \
+        exchangers, signed, rest = ([(0, name)], False, []) if relay else \
             find_exchangers(name, resolver, missing, host)
         found, soft, exists = find_addresses(exchangers, resolver,
                                              port if signed else None)
+        soft += rest
         if not found:
             exists = exists or exchangers != [(0, name)]    # MX says so
             raise Report(DNS_SOFT if soft else missing
@@ -1270,8 +1312,9 @@ def find_servers(host, route, resolver, own):
 
 def find_exchangers(name, resolver, missing, host):
     """([(preference, wire name)] from MX, or the host itself without one;
-    whether the answer is authentic).  Raises Report; a lookup that fails
-    for now never falls back to A."""
+    whether the answer is authentic; the preferences of those that are too
+    many).  Raises Report; a lookup that fails for now never falls back to
+    A."""
     lookup, = resolver.ask([(name, MX)])
     if lookup.status == Lookup.SOFT:
         raise Report(DNS_SOFT)
@@ -1283,8 +1326,9 @@ def find_exchangers(name, resolver, missing, host):
     best = {}
     for preference, name in sorted(exchangers or [(0, name)]):
         best.setdefault(name, preference)               # no duplicates
-    return [(preference, name) for name, preference in best.items()
-            ][:EXCHANGERS_MAX], lookup.authentic
+    ordered = [(preference, name) for name, preference in best.items()]
+    return ordered[:EXCHANGERS_MAX], lookup.authentic, \
+        [preference for preference, _ in ordered[EXCHANGERS_MAX:]]
 
 
 def find_addresses(exchangers, resolver, tlsa_port):
@@ -1564,7 +1608,7 @@ def tls_context(policy, control):
             context.set_ciphers(control.ciphers.decode('ascii') +
                                 ':!aNULL:!eNULL')
         if control.cert:        # OpenSSL opens it; there is no other way
-            context.load_cert_chain(os.fsdecode(control.cert),
+            context.load_cert_chain(control.cert.decode('ascii'),
                                     password=lambda: '')
         if policy.check == TlsPolicy.FILE:
             context.load_verify_locations(
@@ -1728,7 +1772,8 @@ class TlsLayer:
     def encrypt(self, data):
         """True, or False if more has to come in first (renegotiation)."""
         try:
-            self.connection.write(data)
+            if self.connection.write(data) != len(data):
+                raise Lost(b'TLS took only a part')
             return True
         except self.want:
             return False
@@ -1784,7 +1829,7 @@ def printable_words(text):
 # A socket with deadlines.  The only code that waits.
 
 # The launcher's process id, if sh started us: it is what an administrator
-# kills, and without it nobody would read our report.
+# kills, and then qmail-rspawn does not believe our report any more.
 LAUNCHER = os.getppid() if 'under_sh' in sys._xoptions else None
 
 
@@ -1797,11 +1842,11 @@ def wait(reading, writing, deadline, clock=time.monotonic):
         left = deadline - clock()
         if left <= 0:
             raise TimedOut()
+        if LAUNCHER and os.getppid() != LAUNCHER:
+            raise Report(KILLED)
         ready = select.select(reading, writing, (), min(left, ORPHAN_CHECK))
         if ready[0] or ready[1]:
             return ready[0], ready[1]
-        if LAUNCHER and os.getppid() != LAUNCHER:
-            raise Report(KILLED)
 
 
 def connect(address, port, seconds):
@@ -1834,14 +1879,15 @@ def connect(address, port, seconds):
 
 class Line:
     """The line to a server: sends with a deadline, reads whole replies with
-    a deadline.  Whatever fails raises Lost."""
+    a deadline.  Whatever fails raises Lost, but for the handshake."""
 
     def __init__(self, sock, wait=wait, clock=time.monotonic):
         self.sock, self.wait, self.clock = sock, wait, clock
-        self.input = b''        # came in, not yet read as a reply
-        self.ended = False      # the peer has closed its side
-        self.tls = None         # a TlsLayer, once it is up
-        self.backlog = b''      # what TLS has to say besides
+        self.input = bytearray()    # came in, not yet read as a reply
+        self.unsent = 0             # bytes, when send() stopped on input
+        self.ended = False          # the peer has closed its side
+        self.tls = None             # a TlsLayer, once it is up
+        self.backlog = b''          # what TLS has to say besides
 
     def start_tls(self, context, name, seconds, judge=lambda tls: None):
         """The handshake, within seconds.  name is what to ask for, and to
@@ -1866,29 +1912,37 @@ class Line:
             while not done:
                 try:
                     done = tls.handshake()
-                finally:        # an alert has to go out, too
-                    self._push(tls.output(), deadline)
+                except TlsFailed:
+                    self.whisper(tls.output())      # the alert
+                    raise
+                self._push(tls.output(), deadline)
                 if not done:
                     tls.incoming.write(self._receive(deadline))
             judge(tls)
             # What came with the last bytes of the handshake is encrypted;
             # nonsense in it would make OpenSSL forget the certificate.
-            self.input, self.ended = tls.decrypt()
+            plain, self.ended = tls.decrypt()
+            self.input += plain
         except Lost as lost:
             raise TlsFailed(lost.note)
         self.tls = tls
 
-    def send(self, data, seconds, stop_on_input=False):
+    def send(self, data, seconds, stop_on_input=False, take_input=False):
         """Sends all of it within seconds.  False if it stopped because
-        something came in, if asked to."""
+        something came in, if asked to; take_input: holds what comes in, so
+        that a peer that answers at once cannot be stuck in its own send."""
         deadline = self.clock() + seconds
         if self.tls:
-            data = self._encrypt(data, deadline)
-        return self._push(data, deadline, stop_on_input)
+            try:
+                data = self._encrypt(data, deadline)
+            except Lost as lost:
+                raise Lost(lost.note, len(data))
+        return self._push(data, deadline, stop_on_input, take_input)
 
     def _encrypt(self, data, deadline):
         while not self.tls.encrypt(data):
-            self._push(self.tls.output(), deadline)
+            due, self.backlog = self.backlog + self.tls.output(), b''
+            self._push(due, deadline)
             self.input += self.tls.decrypt(self._receive(deadline))[0]
         self.backlog, data = b'', self.backlog + self.tls.output()
         return data
@@ -1907,7 +1961,7 @@ class Line:
                 raise Lost(b'connection closed')
             return data
 
-    def _push(self, data, deadline, stop_on_input=False):
+    def _push(self, data, deadline, stop_on_input=False, take_input=False):
         """Sends bytes as they are; see send()."""
         rest = memoryview(data)
         while rest:
@@ -1920,11 +1974,19 @@ class Line:
                 raise Lost(reason(error), len(rest))
             try:
                 if stop_on_input and self.heard():
+                    self.unsent = len(rest)
                     return False
-                self._wait(stop_on_input and not self.ended, True, deadline)
+                room = (stop_on_input or take_input) and self._room()
+                if room and self._fill() and self.clock() < deadline:
+                    continue
+                self._wait(room, True, deadline)
             except Lost as lost:
                 raise Lost(lost.note, len(rest))
         return True
+
+    def _room(self):
+        """Whether to take in more, ahead of its time."""
+        return not self.ended and len(self.input) < BACKLOG_MAX
 
     def reply(self, seconds):
         """The next Reply, whole, within seconds."""
@@ -1932,9 +1994,9 @@ class Line:
         while True:
             used = reader.take(self.input)
             if used is not None:
-                self.input = self.input[used:]
+                del self.input[:used]
                 return reader.reply()
-            self.input = b''
+            self.input = bytearray()
             if self.ended:
                 raise Lost(b'connection closed')
             if not self._fill():
@@ -1951,14 +2013,20 @@ class Line:
                 break
         return bool(self.input) or self.ended
 
-    def last_words(self):
-        """The Reply that a dead line still holds, or None."""
+    def hold(self):
+        """Takes in what a dead line still has, and no more from then on."""
         try:
             for _ in range(IDLE_MAX):
-                if len(self.input) > REPLY_KEPT or not self._fill():
+                if not self._room() or not self._fill():
                     break
         except Lost:
             pass
+        self.ended = True
+        return bool(self.input)
+
+    def last_words(self):
+        """The Reply that a dead line still holds, or None."""
+        self.hold()
         reader = ReplyReader()
         try:
             return None if reader.take(self.input) is None \
@@ -1991,6 +2059,8 @@ class Line:
         if self.tls:
             data, self.ended = self.tls.decrypt(data)
             self.backlog += self.tls.output()
+            if len(self.backlog) > REPLY_KEPT:
+                raise Lost(b'asks for new TLS keys without end')
             self.input += data
             return True
         self.ended = not data
@@ -2022,11 +2092,11 @@ def reason(error):
 # --------------------------------------------------------- 10. The message
 # From LF to what goes over the wire (pure), and the only reader of fd 0.
 
-def wire_form(blocks):
+def wire_form(blocks, stuffed=True):
     """The message in blocks of wire form, without the final dot.  CR LF and
     CR alone are line ends like LF; every line made is looked at for its
-    dot, so that nothing in a message can look like its end.  (RFC 5321
-    4.5.2)"""
+    dot, so that nothing in a message can look like its end (RFC 5321
+    4.5.2).  BDAT wants its lines not stuffed (RFC 3030)."""
     line_start, held = True, b''
     for block in blocks:
         block = held + block
@@ -2037,8 +2107,8 @@ def wire_form(blocks):
             continue
         if b'\r' in block:
             block = block.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-        dot = line_start and block.startswith(b'.')
-        if b'\n.' in block:
+        dot = stuffed and line_start and block.startswith(b'.')
+        if stuffed and b'\n.' in block:
             block = block.replace(b'\n.', b'\n..')
         line_start = block.endswith(b'\n')
         yield (b'.' if dot else b'') + block.replace(b'\n', b'\r\n')
@@ -2053,6 +2123,12 @@ class Message:
                  clock=time.monotonic):
         self.fd, self.closed, self.seconds = fd, closed, seconds
         self.wait, self.clock = wait, clock
+        self.size = None        # bytes, if fd is a file
+        self.start = 0          # and where the message starts in it
+        self.head = b''         # bytes read ahead
+        self.whole = False      # there is no more than head
+        self.noted = None       # what survey() found
+        self.deadline, self.taken = None, 0     # of the piece being read
 
     def check(self):
         """Raises Report if it can be seen in advance that the message
@@ -2060,36 +2136,103 @@ class Message:
         if self.closed:
             raise Report(NO_MESSAGE)
         try:
-            start = os.lseek(self.fd, 0, os.SEEK_CUR)
-            end = os.fstat(self.fd).st_size
-            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            start = os.lseek(self.fd, 0, 1)       # SEEK_CUR
+            status = os.fstat(self.fd)
+            if not stat.S_ISREG(status.st_mode):
                 return
         except OSError:
             return              # a pipe: blocks() will see
+        self.start, self.size = start, max(0, status.st_size - start)
         try:
-            if end > start and os.pread(self.fd, 1, end - 1) != b'\n':
+            if self.size and os.pread(self.fd, 1, status.st_size - 1) != b'\n':
                 raise Report(PARTIAL_LINE)
         except OSError:
             raise Report(NO_MESSAGE)
 
-    def blocks(self):
-        """Yields the bytes as they come.  Raises Report if fd 0 fails, or
-        at the end if the last line has no newline."""
-        last = b'\n'
+    def small(self):
+        """The whole message if it has at most CHUNK_MAX bytes, else None."""
+        if self.size is not None and self.size > CHUNK_MAX:
+            return None
+        while not self.whole and len(self.head) <= CHUNK_MAX:
+            block = self._read()
+            self.head += block
+            self.whole = not block
+        if self.whole and self.head[-1:] not in (b'\n', b''):
+            raise Report(PARTIAL_LINE)
+        return self.head if self.whole else None
+
+    def survey(self):
+        """(how many bytes it has on the wire, whether there are 8-bit bytes
+        among them).  A pipe's size is None, and it may hold 8-bit bytes.
+        CRs beside LFs and more than COUNTED_MAX bytes make the size an
+        estimate, which is enough (RFC 1870 5)."""
+        if self.noted is None:
+            head = self.small()
+            if head is None and self.size is None:
+                return None, True
+            read, lines, plain = 0, 0, True
+            for block in self._peek() if head is None else (head,):
+                if read < COUNTED_MAX:
+                    counted = read + len(block)
+                    lines += block.count(b'\n')
+                read += len(block)
+                plain = plain and is_ascii(block)
+            size = read + (-(-lines * read // counted) if read else 0)
+            self.noted = size, not plain
+        return self.noted
+
+    def _peek(self):
+        """The blocks of a file, without moving in it."""
+        at = self.start
         while True:
             try:
-                self.wait((self.fd,), (), self.clock() + self.seconds)
+                block = os.pread(self.fd, MESSAGE_BLOCK, at)
+            except OSError:
+                raise Report(NO_MESSAGE)
+            if not block:
+                return
+            at += len(block)
+            yield block
+
+    def _read(self):
+        """The next bytes, as they come; none at the end.  Each SEND_PIECE of
+        them has to come within seconds."""
+        while True:
+            if self.taken >= SEND_PIECE or self.deadline is None:
+                self.deadline, self.taken = self.clock() + self.seconds, 0
+            try:
+                self.wait((self.fd,), (), self.deadline)
                 block = os.read(self.fd, MESSAGE_BLOCK)
             except BlockingIOError:
                 continue
             except (OSError, TimedOut):
                 raise Report(NO_MESSAGE)
+            self.taken += len(block)
+            return block
+
+    def blocks(self):
+        """Yields the bytes as they come.  Raises Report if fd 0 fails, or
+        at the end if the last line has no newline."""
+        last, self.deadline = b'\n', None
+        if self.head:
+            last = self.head[-1:]
+            yield self.head
+        while not self.whole:
+            block = self._read()
             if not block:
                 break
             last = block[-1:]
             yield block
         if last != b'\n':
             raise Report(PARTIAL_LINE)
+
+
+def is_ascii(block):
+    """Whether no byte is over 127; bytes.isascii() came with Python 3.7."""
+    try:
+        return block.isascii()
+    except AttributeError:
+        return not block.translate(None, bytes(range(128)))
 
 
 # ---------------------------------------------------------------- 11. SMTP
@@ -2106,7 +2249,7 @@ class Reply(Value):
 
 class ReplyReader:
     """Reads one reply (RFC 5321 4.2.1) from pieces of any size, and keeps
-    no more than REPLY_KEPT bytes of each line and of the whole."""
+    no more than REPLY_KEPT bytes of each line, and twice that in all."""
     __slots__ = ('line', 'text', 'code')
 
     def __init__(self):
@@ -2167,35 +2310,39 @@ def parse_ehlo(text):
     return offered
 
 
-def mask(text, secrets):
-    """text without the secrets, and without the beginning of one (eight
-    bytes or more) wherever a server cut it short."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, b'***')
-        head, at = secret[:8], 0
-        while len(head) == 8:
-            at = text.find(head, at)
-            if at < 0:
-                break
-            end = at + 8
-            while end < len(text) and \
-                    text[at:end + 1] == secret[:end + 1 - at]:
-                end += 1
-            text = text[:at] + b'***' + text[end:]
-    if len(text) >= REPLY_KEPT and secrets:
-        text = text[:-max(map(len, secrets))]       # one may be cut in half
-    return text
+def mask(text, secrets, name=b''):
+    """text without the secrets, and without any eight bytes in a row of one:
+    servers cut what they echo short, and fold it.  The user's name goes as a
+    whole only, for parts of it are parts of other names."""
+    hidden = bytearray(len(text))
+    for secret in list(secrets) + [name] * bool(name):
+        size = len(secret) if secret is name else min(len(secret), 8)
+        for start in range(min(len(secret), AUTH_LINE_MAX) - size + 1):
+            piece = secret[start:start + size]
+            at = text.find(piece)
+            while at >= 0:
+                hidden[at:at + size] = b'\1' * size
+                at = text.find(piece, at + 1)
+    shown = bytearray()
+    for at, byte in enumerate(text):
+        if not hidden[at]:
+            shown.append(byte)
+        elif not at or not hidden[at - 1]:
+            shown += b'***'
+    if len(text) >= REPLY_KEPT and secrets:         # one may be cut in half
+        del shown[-max(map(len, list(secrets) + [name])):]
+    return bytes(shown)
 
 
-def said(reply, secrets):
+def said(reply, secrets, name=b''):
     """What the server said, for a report."""
-    text = mask(reply.text, secrets)[:REPLY_MAX].rstrip(b'\n')
+    text = mask(reply.text, secrets, name)[:REPLY_MAX].rstrip(b'\n')
     return b'Remote host said: ' + text + b'\n'
 
 
-def first_words(reply, secrets):
+def first_words(reply, secrets, name=b''):
     """The same for the trail: one line, and not much of it."""
-    text = mask(reply.text, secrets)
+    text = mask(reply.text, secrets, name)
     return text.split(b'\n', 1)[0][:TRAIL_MAX].rstrip()
 
 
@@ -2225,11 +2372,11 @@ def hmac_md5(key, text):
 
 def secrets_of(credentials):
     """All forms in which a server could send user and password back, but
-    for the CRAM-MD5 digest."""
+    for the user as it is and the CRAM-MD5 digest."""
     if credentials is None:
         return []
     user, password = credentials
-    forms = [user, password]
+    forms = [password]
     for value in (user, password, b'\0' + user + b'\0' + password):
         encoded = base64(value)
         forms += [encoded, encoded.rstrip(b'=')]
@@ -2264,11 +2411,16 @@ class Envelope(Value):
     __slots__ = ('sender', 'recipients')
 
 
+QUIT = b'QUIT\r\n'
+# These speak of the command BDAT, not of the message (RFC 5321 4.2.2).
+TEMPORARY_CHUNK = 500, 501, 502, 503, 504
+
+
 class Session:
     """One delivery to one server over an open Line, a short method a step.
 
-    run() returns a Report once the server has accepted the sender, and
-    raises NextServer before that."""
+    run() returns a Report if nothing is left to try, and raises NextServer
+    if another server may do better."""
 
     def __init__(self, line, server, control, envelope, credentials,
                  message, tls, tls_context):
@@ -2278,16 +2430,17 @@ class Session:
         self.tls, self.tls_context = tls, tls_context
         self.message, self.timeout = message, control.timeoutremote
         self.secrets = secrets_of(credentials)
+        self.hidden = self.secrets, credentials[0] if credentials else b''
         self.offered = {}           # by EHLO
         self.unauthenticated = b''  # AUTH_MISSING, if it came to that
         self.accepted = False       # MAIL: from here on all is final
-        self.data_ended = False     # the final dot is out, without a reply
+        self.data_ended = False     # the end is out, but not yet its reply
+        self.said_quit = False
         self.reports = []           # of the recipients
         self.tail = b''             # about TLS, for the report
 
     def run(self):
-        """See above.  Raises TlsFailed if the line is in the clear, and
-        should not be."""
+        """See above.  Raises TlsFailed if TLS did not come about."""
         try:
             if self.server.port == PORT_SMTPS and self.tls.wanted:
                 self.secure(self.context())
@@ -2295,13 +2448,11 @@ class Session:
             self.hello()
             self.start_tls()
             self.authenticate()
-            self.mail()
-            self.recipients()
-            self.data()
-            return self.transfer()
+            return self.transaction()
         except Report as report:
-            if self.data_ended:
-                report.text = DIED_LATE % self.address
+            late = DIED_LATE % self.address
+            if self.data_ended and not report.text.startswith(late):
+                report.text = late
             report.recipients = report.recipients or self.reports
             report.tail = self.tail
             return report
@@ -2321,12 +2472,12 @@ class Session:
         """The Report with this text and what the server said.  Raises
         NextServer instead if the server has not accepted MAIL."""
         if reply is not None:
-            text += said(reply, self.secrets)
-            note += b': ' + first_words(reply, self.secrets)
+            text += said(reply, *self.hidden)
+            note += b': ' + first_words(reply, *self.hidden)
         text += self.unauthenticated
-        if not self.accepted:
-            raise NextServer(text + self.tail, note, reply is not None,
-                             text.startswith(b'D'))
+        if not self.accepted and not self.data_ended:
+            raise NextServer(text, note, reply is not None,
+                             text.startswith(b'D'), self.tail)
         return Report(text, self.reports, self.tail)
 
     def refused(self, text, reply, note):
@@ -2336,20 +2487,47 @@ class Session:
             text = temporary(text)
         return self.ended(text % self.address, reply, note)
 
-    def quit(self):
-        """Said with the last words, never waited for."""
-        self.line.whisper(b'QUIT\r\n')
+    def quit(self, before=b''):
+        """Said with the last words (before), never waited for."""
+        if not self.said_quit:
+            self.line.whisper(before + QUIT)
+        self.said_quit = True
 
     def command(self, *words):
-        """Sends one command and returns its Reply.  Nothing may be waiting
-        unread: it would be taken for the answer."""
-        command = b''.join(words)
-        if b'\r' in command or b'\n' in command or b'\0' in command:
-            raise Report(NO_RESOURCES)      # never: see Addresses
-        if self.line.heard():
-            raise Lost(b'spoke out of turn')
-        self.line.send(command + b'\r\n', self.timeout)
+        """Sends one command and returns its Reply."""
+        self.launch([b''.join(words)])
         return self.line.reply(self.timeout)
+
+    def launch(self, commands, chunk=b''):
+        """Sends commands, and the chunk that follows the last one, in one
+        flight.  Nothing may be waiting unread: it would be taken for the
+        answer.  If the line dies, what the server has said counts yet."""
+        for command in commands:
+            if b'\r' in command or b'\n' in command or b'\0' in command:
+                raise Report(NO_RESOURCES)      # never: see Addresses
+        if self.line.heard():
+            raise Lost(b'spoke out of turn' if self.line.input
+                       else b'connection closed')
+        flight = memoryview(b'\r\n'.join(commands) + b'\r\n' + chunk)
+        try:
+            for at in range(0, len(flight), SEND_PIECE):
+                self.line.send(flight[at:at + SEND_PIECE], self.timeout,
+                               take_input=True)
+            self.data_ended = self.data_ended or bool(chunk)
+        except Lost:
+            self.said_quit = True       # it would end half a command
+            if not self.line.hold():
+                raise
+
+    def exchange(self, commands, chunk=b''):
+        """Yields the Reply to each of the commands: all of them leave in
+        one flight if the server takes that (PIPELINING, RFC 2920), else
+        each when its turn has come."""
+        if b'PIPELINING' in self.offered:
+            self.launch(commands, chunk)
+        for command in commands:
+            yield self.line.reply(self.timeout) \
+                if b'PIPELINING' in self.offered else self.command(command)
 
     def expect(self, reply):
         """Raises Lost if the reply is neither 2xx nor a refusal."""
@@ -2362,7 +2540,7 @@ class Session:
     def greeting(self):
         reply = self.line.reply(self.timeout)
         if reply.code != 220:
-            self.refused(GREETING_FAILED, reply, b'greeting failed')
+            raise self.refused(GREETING_FAILED, reply, b'greeting failed')
 
     def hello(self):
         """EHLO, or HELO for a server that does not know it."""
@@ -2374,7 +2552,7 @@ class Session:
             self.offered = {}
             reply = self.expect(self.command(b'HELO ', self.control.helohost))
         if reply.kind() != 2:
-            self.refused(NAME_REJECTED, reply, b'my name was rejected')
+            raise self.refused(NAME_REJECTED, reply, b'my name was rejected')
 
     def start_tls(self):
         """STARTTLS (RFC 3207) if it is offered or required.  Raises
@@ -2396,7 +2574,7 @@ class Session:
         if reply.code != 220:
             self.quit()
             raise TlsFailed(b'STARTTLS refused: ' +
-                            first_words(reply, self.secrets))
+                            first_words(reply, *self.hidden))
         self.secure(context)
         self.offered = {}
         try:
@@ -2438,87 +2616,169 @@ class Session:
             checked = b'DANE'
         self.tail = layer.facts() + b', ' + checked + b'\n'
 
-    def mail(self):
-        sender, extension = self.envelope.sender, b''
+    def transaction(self):
+        """MAIL, RCPT, DATA or BDAT, and the message.  Returns the Report, or
+        raises it, or NextServer."""
+        mail = self.mail_command()
+        chunk = self.chunk()
+        recipients = [b'RCPT TO:<' + address + b'>' for address
+                      in self.envelope.recipients if self.sendable(address)]
+        data = [b'DATA' if chunk is None else b'BDAT %d LAST' % len(chunk)]
+        replies = self.exchange([mail] + recipients + data
+                                if recipients else [mail], chunk or b'')
+        self.mail_reply(next(replies))
+        for address in self.envelope.recipients:
+            self.reports.append(self.recipient_report(address, replies))
+        if b'r' not in self.reports:
+            raise self.nobody(replies)
+        reply = next(replies)
+        if chunk is not None:
+            # A reply too many before would now pass for the verdict.
+            if reply.kind() == 2 and not self.data_ended or self.line.hold():
+                raise Lost(b'out of step')
+            return self.verdict(reply, TEMPORARY_CHUNK)
+        if reply.code != 354:
+            raise self.refused(DATA_FAILED, reply, b'')
+        return self.transfer()
+
+    def mail_command(self):
+        """MAIL with the parameters that the server and the message call
+        for (RFC 1870, 6152, 6531)."""
+        sender, parameters = self.envelope.sender, b''
+        size, eight_bit = None, False
+        if b'SIZE' in self.offered or b'8BITMIME' in self.offered:
+            size, eight_bit = self.message.survey()
+        if size is not None and b'SIZE' in self.offered:
+            parameters += b' SIZE=%d' % size
+        if eight_bit and b'8BITMIME' in self.offered:
+            parameters += b' BODY=8BITMIME'
         if any(address and non_ascii(address)
                for address in [sender] + self.envelope.recipients):
             if b'SMTPUTF8' in self.offered:
-                extension = b' SMTPUTF8'            # RFC 6531 3.4
+                parameters += b' SMTPUTF8'
             elif non_ascii(sender):
                 self.quit()
-                self.ended(SENDER_8BIT % self.address, None, b'no SMTPUTF8')
-        reply = self.expect(
-            self.command(b'MAIL FROM:<', sender, b'>', extension))
-        if reply.kind() != 2:
-            self.refused(SENDER_REJECTED, reply, b'sender was rejected')
+                raise self.ended(SENDER_8BIT % self.address, None,
+                                 b'no SMTPUTF8')
+        return b'MAIL FROM:<' + sender + b'>' + parameters
+
+    def chunk(self):
+        """The message for BDAT (RFC 3030), if it is small enough to ride
+        with the envelope, else None.  Only if somebody is to get it."""
+        if b'CHUNKING' not in self.offered or \
+                b'PIPELINING' not in self.offered or \
+                not any(map(self.sendable, self.envelope.recipients)):
+            return None
+        message = self.message.small()
+        if not message:         # empty: DATA and a dot is better known
+            return None
+        return b''.join(wire_form([message], False))
+
+    def sendable(self, address):
+        """Whether there will be a RCPT for this recipient."""
+        return address is not None and (not non_ascii(address) or
+                                        b'SMTPUTF8' in self.offered)
+
+    def mail_reply(self, reply):
+        if self.expect(reply).kind() != 2:
+            self.data_ended = False
+            raise self.refused(SENDER_REJECTED, reply, b'sender was rejected')
         self.accepted = True
 
-    def recipients(self):
-        """RCPT for each; raises Report if nobody is accepted."""
-        for address in self.envelope.recipients:
-            self.reports.append(self.recipient(address))
-        if b'r' in self.reports:
-            return
-        soft = any(report.startswith(b's') for report in self.reports)
-        self.quit()
-        text = GIVING_UP % self.address
-        raise self.ended(temporary(text) if soft else text, None, b'')
-
-    def recipient(self, address):
+    def recipient_report(self, address, replies):
         """The recipient report for one address."""
         if address is None:
             return BAD_RECIPIENT
-        if non_ascii(address) and b'SMTPUTF8' not in self.offered:
+        if not self.sendable(address):
             return RECIPIENT_8BIT % self.address
-        reply = self.expect(self.command(b'RCPT TO:<', address, b'>'))
+        reply = self.expect(next(replies))
         if reply.kind() == 2:
             return b'r'
         text = RECIPIENT_REJECTED % self.address
         if not permanent(reply) or reply.code == 552 and b'r' in self.reports:
             text = temporary(text)      # 552: RFC 5321 4.5.3.1.10
-        text += said(reply, self.secrets)
+        text += said(reply, *self.hidden)
         if reply.code == 421:
             self.reports.append(text)
-            raise self.ended(DIED % self.address, reply, b'')
+            raise self.ended((DIED_LATE if self.data_ended else DIED) %
+                             self.address, reply, b'')
         return text
 
-    def data(self):
-        reply = self.command(b'DATA')
-        if reply.code != 354:
-            raise self.refused(DATA_FAILED, reply, b'')
+    def nobody(self, replies):
+        """The Report if no recipient is left.  A server that opens the data
+        phase all the same gets a lone dot, and no message."""
+        self.data_ended, before = False, b''
+        try:
+            if b'PIPELINING' in self.offered and next(replies).code == 354:
+                before = b'.\r\n'
+        except (Lost, StopIteration):
+            pass
+        self.quit(before)
+        text = GIVING_UP % self.address
+        if any(report.startswith(b's') for report in self.reports):
+            text = temporary(text)
+        return self.ended(text, None, b'')
 
     def transfer(self):
         """The message, the final dot, the verdict."""
-        last = b''
+        last, end = b'', b'.\r\n'
+        if b'PIPELINING' in self.offered and not self.line.tls:
+            # QUIT rides with the dot; not over TLS, where nobody could tell
+            # which of the two is out when the line fails between them.
+            end, self.said_quit = end + QUIT, True
         try:
             for block in wire_form(self.message.blocks()):
                 self.send_part(last)
                 last = block
-            self.send_part(last + b'.\r\n')
+            self.send_part(last + end, end)
             self.data_ended = True
-        except Lost:
+        except Lost as lost:
             reply = self.line.last_words()
+            if reply is not None and self.data_ended:
+                return self.verdict(reply)
             if reply is None or reply.kind() < 4:
-                raise
+                raise lost
             return self.early(reply)
         except EarlyReply as early:
             return self.early(early.reply)
-        reply = self.expect(self.line.reply(self.timeout))
+        return self.verdict(self.line.reply(self.timeout))
+
+    def verdict(self, reply, temporary_codes=()):
+        """What the server says to the end of the data.  221 answers QUIT,
+        if anything."""
+        if self.expect(reply).code == 221:
+            raise Lost(b'out of step')
         self.data_ended = False
         if reply.kind() != 2:
-            return self.refused(MESSAGE_FAILED, reply, b'')
+            text = MESSAGE_FAILED
+            if reply.code in temporary_codes:
+                text = temporary(text)
+            return self.refused(text, reply, b'')
         text = (b'K' + self.unauthenticated + ACCEPTED % self.address +
-                said(reply, self.secrets))
+                said(reply, *self.hidden))
         self.quit()
         return Report(text, self.reports, self.tail)
 
-    def send_part(self, data):
-        """Sends a part of the message.  Raises EarlyReply if the server
-        does not wait for its end."""
-        view = memoryview(data)
-        for at in range(0, len(view), MESSAGE_BLOCK):
-            if self.line.heard() or not self.line.send(
-                    view[at:at + MESSAGE_BLOCK], self.timeout, True):
+    def send_part(self, data, end=b''):
+        """Sends a part of the message; end is what it ends with, if that is
+        the end of the message.  Raises EarlyReply if the server does not
+        wait for that."""
+        view, to = memoryview(data), 0
+        while to < len(view):
+            at, to = to, to + SEND_PIECE
+            if to + len(end) > len(view):       # never cut through the end
+                to = len(view)
+            is_end = bool(end) and to == len(view)
+            if self.line.heard():
+                raise EarlyReply(self.line.reply(self.timeout))
+            try:
+                whole = self.line.send(view[at:to], self.timeout, True)
+            except Lost as lost:
+                self.data_ended = is_end and lost.unsent <= len(end) - 3
+                raise
+            # Stopped by a reply.  If only (some of) QUIT is left, the dot is
+            # out, and that is the reply to it.
+            if not whole and (not is_end or self.line.unsent > len(end) - 3):
                 raise EarlyReply(self.line.reply(self.timeout))
 
     def early(self, reply):
@@ -2556,9 +2816,12 @@ class Session:
         if rejected is None:
             self.unauthenticated = AUTH_MISSING
             return
-        self.quit()
-        raise Report(AUTH_REJECTED % (self.address, rejected.what) +
-                     said(rejected.reply, self.secrets))
+        reply = rejected.reply
+        self.quit(b'*\r\n' if reply.kind() == 3 else b'')
+        text = AUTH_REJECTED % (self.address, rejected.what)
+        if reply.code == 421:           # says nothing about the password
+            raise self.ended(text, reply, b'authentication failed')
+        raise Report(text + said(reply, *self.hidden))
 
     def auth_step(self, want, what, *words):
         """One exchange; the Reply if its code is wanted.  Raises
@@ -2586,8 +2849,10 @@ class Session:
         True for success, like the other two."""
         user, password = self.credentials
         secret = self.encode(b'\0' + user + b'\0' + password, b'(plain)')
-        reply = self.auth_step((235, 334), b'AUTH PLAIN',
-                               b'AUTH PLAIN ', secret)
+        command, want = b'AUTH PLAIN ' + secret, (235, 334)
+        if len(command) > AUTH_COMMAND_MAX:
+            command, want = b'AUTH PLAIN', (334,)
+        reply = self.auth_step(want, b'AUTH PLAIN', command)
         if reply.code == 334:
             self.auth_step((235,), b'plain', secret)
         return True
@@ -2616,10 +2881,9 @@ class Session:
                 raise ValueError('too long')
             digest = hmac_md5(password, unbase64(challenge))
         except ValueError:
-            self.line.whisper(b'*\r\n')
-            self.quit()
+            self.quit(b'*\r\n')
             raise Report(AUTH_UNDECODABLE % self.address +
-                         said(reply, self.secrets))
+                         said(reply, *self.hidden))
         self.secrets.append(digest)
         answer = self.encode(user + b' ' + digest, b'user')
         self.auth_step((235,), b'username+digest', answer)
@@ -2646,7 +2910,7 @@ def real_world(control, message_closed):
     except (OSError, Invalid):
         resolv_conf = None
     config = parse_resolv_conf(resolv_conf,
-                               os.environb.get(b'DNSCACHEIP', b''))
+                               os.environ.get(b'DNSCACHEIP', b''))
     return World(
         Resolver(config, wait, time.monotonic),
         OwnAddresses(control.moreipme, control.notipme, is_local),
@@ -2687,14 +2951,14 @@ def try_servers(servers, complete, attempt):
     if report is not None:
         tried += 1
     else:
-        refusals = [failure.report for _, failure in failures
-                    if failure.answered] + \
-            [failure.report for _, failure in failures if failure.report]
-        text = (refusals + [NO_CONNECTION])[0]
+        refusals = [failure for _, failure in failures if failure.answered] \
+            + [failure for _, failure in failures if failure.report]
+        best = (refusals + [NextServer(NO_CONNECTION, b'')])[0]
+        text = best.report
         if not complete or not all(failure.permanent
                                    for _, failure in failures):
             text = temporary(text)
-        report = Report(text)
+        report = Report(text, (), best.tail)
     if tried > 1:
         report.text += b''.join(address + b': ' + failure.note + b'\n'
                                 for address, failure in failures)
@@ -2705,10 +2969,11 @@ def try_server(server, route, envelope, control, world):
     """One server's Report; raises NextServer.  A second connection is made
     only if TLS failed on the first: in the clear where that may be, or with
     the certificates that DANE found."""
-    if server.tlsa is None:
-        raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed')
     password = route.credentials is not None
     tls_control = world.tls_control(server.name)
+    if server.tlsa is None and tls_control.pem is None and \
+            not tls_control.never:
+        raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed')
     tls = choose_tls(server.port, password, server.tlsa, tls_control)
     if tls.required and not tls.wanted:
         raise NextServer(TLS_FORBIDDEN % (server.name, server.port),
@@ -2756,9 +3021,9 @@ def fill_descriptors():
             os.fstat(fd)
         except OSError:
             closed.append(fd)
-            os.open(os.devnull, os.O_RDWR)      # takes the lowest free one
+            os.open(b'/dev/null', os.O_RDWR)    # takes the lowest free one
     if not os.isatty(2):
-        null = os.open(os.devnull, os.O_RDWR)
+        null = os.open(b'/dev/null', os.O_RDWR)
         os.dup2(null, 2)
         os.close(null)
     return closed
@@ -2768,7 +3033,8 @@ def argument_bytes(argument):
     """An argument as it was given.  PyPy decodes it as UTF-8 even where it
     says that the file system's encoding is another."""
     try:
-        return os.fsencode(argument)
+        return argument.encode(sys.getfilesystemencoding(),
+                               'surrogateescape')
     except UnicodeEncodeError:
         return argument.encode('utf-8', 'surrogateescape')
 
@@ -2780,7 +3046,7 @@ def run(argv):
     if len(arguments) < 3:
         return Report(USAGE)
     try:
-        os.chdir(os.environb.get(b'QMAILHOME') or QMAIL_HOME)
+        os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
     except OSError:
         return Report(NO_HOME)
     control = read_control()
