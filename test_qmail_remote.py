@@ -19,6 +19,7 @@ import hmac
 import importlib.util
 import itertools
 import os
+import platform
 import py_compile
 import random
 import re
@@ -28,6 +29,7 @@ import shutil
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -9607,6 +9609,600 @@ def demo():
         '-' * 72, len(SCENES), time.monotonic() - start,
         'all as planned' if good else 'NOT ALL AS PLANNED'))
     return good
+
+
+# ------------------------------------------------------------ Bench
+
+# `python3 test_qmail_remote.py bench`: what a delivery costs, beside other
+# programs that do the same in the same run, and beside what cannot be less.
+# Nothing here fails for being slow.
+#
+# PEER=/path/to/qmail-remote adds that program to every row that it can run.
+# It is run with $QMAILHOME set to the home of the bench.  One that has its
+# home compiled in (the C program) cannot see that: then give BENCH_PORT=2600
+# and put this into that home's control/smtproutes while the bench runs:
+#
+#     data.example:127.0.0.1:2600
+#     chunk.example:127.0.0.1:2601
+#     far.example:127.0.0.1:2602
+#     farchunk.example:127.0.0.1:2603
+#
+# INSTALLED=/path/to/qmail-remote is measured as the installed program, in
+# place of one that `make install` makes for the bench.
+
+HALF_TRIP = 0.025               # seconds that far.example is away, one way
+LATE = 0.1                      # how late each DNS answer is
+BENCH_LIMIT = 600               # the most seconds that a helper lives
+HUNDRED = 100 << 20
+ROUNDS = 25                     # of what takes milliseconds
+
+# Starts each command in turn, as often as told, from a process so small that
+# the peak memory of its children is their own.  One line for each run: which
+# command, wall and CPU seconds (of all its processes), peak memory in KiB.
+METER = r"""
+import os, sys, time
+rounds, message, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+commands = [[]]
+for word in words:
+    if word == ';':
+        commands.append([])
+    else:
+        commands[-1].append(word)
+for number in range(rounds * len(commands)):
+    command = commands[number % len(commands)]
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(message, os.O_RDONLY), 0)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.execv(command[0], command)
+        finally:
+            os._exit(127)
+    _, status, usage = os.wait4(child, 0)
+    wall = time.monotonic() - start
+    os.write(2, b'%d %f %f %d %d\n' % (
+        number % len(commands), wall, usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss, status))
+"""
+
+SMTPLIB = ("import smtplib, sys; a = sys.argv; "
+           "s = smtplib.SMTP('127.0.0.1', int(a[1]), 'me.example'); "
+           "s.sendmail(a[2], a[3:], sys.stdin.buffer.read()); s.quit()")
+
+# The least that can be done: the wire form, made before, by sendfile.
+SENDFILE = """
+import os, socket, sys
+s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
+for line in ('', 'EHLO me', 'MAIL FROM:<s@x>', 'RCPT TO:<r@x>', 'DATA'):
+    s.sendall(line.encode() + b'\\r\\n' if line else b'')
+    s.recv(9999)
+at, size = 0, os.fstat(0).st_size
+while at < size:
+    at += os.sendfile(s.fileno(), 0, at, size - at)
+s.sendall(b'.\\r\\n')
+s.recv(9999)
+"""
+
+Run = collections.namedtuple('Run', 'wall cpu memory')
+
+
+def forked(work, *sockets):
+    """A child process that does nothing but work(); its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(BENCH_LIMIT)
+            work(*sockets)
+        finally:
+            os._exit(0)
+    for sock in sockets:
+        sock.close()
+    return child
+
+
+class Sink:
+    """An SMTP server that takes everything as fast as Python can: commands
+    as they come, of a message no more than its end is looked at."""
+
+    def __init__(self, keywords):
+        self.hello = b''.join(b'250-%s\r\n' % word for word in keywords)
+        self.block = bytearray(1 << 20)
+
+    def serve(self, listener):
+        while True:
+            sock = listener.accept()[0]
+            try:
+                sock.settimeout(60)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.sendall(b'220 sink.example\r\n')
+                self.session(sock)
+            except OSError:
+                pass
+            finally:
+                sock.close()
+
+    def session(self, sock):
+        data = b''
+        while True:
+            more = sock.recv(65536)
+            if not more:
+                return
+            *lines, data = (data + more).split(b'\n')
+            answer = b''
+            while lines:
+                verb = lines.pop(0).split(None, 2)
+                word = verb[0].upper() if verb else b''
+                if word == b'BDAT':
+                    data = b'\n'.join(lines + [data])
+                    rest = int(verb[1]) - len(data)
+                    while rest > 0:
+                        count = sock.recv_into(self.block, rest)
+                        if not count:
+                            return
+                        rest -= count
+                    *lines, data = data[int(verb[1]):].split(b'\n')
+                elif word == b'DATA':
+                    sock.sendall(answer + b'354 go\r\n')
+                    answer = b''
+                    if not self.message(sock):
+                        return
+                elif word == b'EHLO':
+                    answer += b'250-sink.example\r\n' + self.hello
+                    answer += b'250 HELP\r\n'
+                    continue
+                elif word == b'QUIT':
+                    sock.sendall(answer + b'221 bye\r\n')
+                    return
+                answer += b'250 ok\r\n'
+            if answer:
+                sock.sendall(answer)
+
+    def message(self, sock):
+        """Reads to the end of the data, with or without QUIT behind it,
+        however it is cut into reads; False if the stream ends."""
+        tail, view = b'\r\n', memoryview(self.block)
+        while not tail.endswith((b'\r\n.\r\n', b'\r\n.\r\nQUIT\r\n')):
+            count = sock.recv_into(self.block)
+            if not count:
+                return False
+            tail = (tail + bytes(view[max(0, count - 16):count]))[-16:]
+        if tail.endswith(b'QUIT\r\n'):
+            sock.sendall(b'250 ok\r\n221 bye\r\n')
+            return False
+        return True
+
+
+def relay(listener, port):
+    """Passes connections on to a port of this host, each in a process of its
+    own, and holds back what it passes, each way, and the connection itself:
+    the client's last packet of the TCP handshake is on its way as long as
+    any other.  The first two no program can hold back; the bench adds them.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        near = listener.accept()[0]
+        forked(lambda sock: hold_back(sock, port), near)
+
+
+def hold_back(near, port):
+    """One connection of a relay."""
+    start = time.monotonic()
+    far = socket.create_connection(('127.0.0.1', port))
+    other = {near: far, far: near}
+    waiting, readable = [], [near, far]
+    for sock in other:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while readable or waiting:
+        left = max(0, waiting[0][0] - time.monotonic()) if waiting else 60
+        for sock in select.select(readable, [], [], left)[0]:
+            data = sock.recv(65536)
+            now = time.monotonic()
+            # far greets when the handshake is over there, not sooner.
+            due = max(now, start + HALF_TRIP)
+            waiting.append((due + HALF_TRIP, other[sock], data))
+            if not data:
+                readable.remove(sock)
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, sock, data = waiting.pop(0)
+            if data:
+                sock.sendall(data)
+            else:
+                sock.shutdown(socket.SHUT_WR)
+
+
+class Places:
+    """The servers of the bench: {name: port}.  Leaving the with block ends
+    them."""
+
+    NAMES = ['data', 'chunk', 'far', 'farchunk']
+
+    def __enter__(self):
+        base = int(os.environ.get('BENCH_PORT', '0'))
+        offers = [b'PIPELINING', b'8BITMIME', b'SIZE']
+        sinks = [Sink(offers), Sink(offers + [b'CHUNKING'])]
+        self.ports, self.children, listeners = {}, [], []
+        for i, name in enumerate(self.NAMES):
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(('127.0.0.1', base and base + i))
+            listener.listen(16)
+            self.ports[name] = listener.getsockname()[1]
+            listeners.append(listener)
+        for i, listener in enumerate(listeners):
+            if i < 2:
+                child = forked(sinks[i].serve, listener)
+            else:
+                port = self.ports[self.NAMES[i - 2]]
+                child = forked(lambda listener, port=port: relay(
+                    listener, port), listener)
+            self.children.append(child)
+        return self
+
+    def __exit__(self, *_):
+        for child in self.children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+class Bench:
+    """The programs, the table, and the rows."""
+
+    def __init__(self, path, ports, home):
+        self.path, self.ports, self.home = path, ports, home
+        self.bin = os.path.join(path, 'bin')
+        os.mkdir(self.bin)
+        self.python = os.path.join(self.bin, 'python3')
+        os.symlink(os.path.realpath(sys.executable), self.python)
+        self.env = {'PATH': self.bin + ':/usr/local/bin:/usr/bin:/bin',
+                    'QMAILHOME': home.path, 'DNSCACHEIP': '127.0.0.1:1'}
+        self.copied = self.copy('copied')
+        self.installed = os.environ.get('INSTALLED') or self.install()
+        self.ours = self.installed or self.copied
+        self.peer = os.environ.get('PEER')
+
+    def copy(self, name):
+        folder = os.path.join(self.path, name)
+        os.mkdir(folder, 0o755)
+        target = os.path.join(folder, 'qmail-remote')
+        shutil.copy(PROGRAM, target)
+        os.chmod(target, 0o755)
+        return target
+
+    def install(self):
+        """The program as `make install` leaves it, or, without a Makefile, a
+        copy with its bytecode beside it.  None if we are not root."""
+        if os.getuid():
+            return None
+        root = os.path.join(self.path, 'root')
+        if os.path.exists(os.path.join(HERE, 'Makefile')):
+            with contextlib.suppress(OSError):
+                subprocess.call(
+                    ['make', '-s', '-C', HERE, 'install', 'DESTDIR=' + root,
+                     'PYTHON=' + self.python], stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL, timeout=60, env=self.env)
+        for folder, _, names in os.walk(root):
+            for name in names:
+                found = os.path.join(folder, name)
+                if name in ('qmail-remote', 'qmail_remote.py') and \
+                        os.access(found, os.X_OK):
+                    return found
+        target = self.copy('compiled')
+        subprocess.call([self.python, '-IS', '-c', 'import py_compile, sys; '
+                         'py_compile.compile(sys.argv[1])', target])
+        return target
+
+    # Commands: each takes the name of a place and the number of recipients.
+
+    def qmail(self, program):
+        return lambda place, count: [
+            program, place + '.example', 's@here.example'] + [
+                'r%d@there.example' % i for i in range(count)]
+
+    def smtplib(self, place, count):
+        return [self.python, '-c', SMTPLIB, str(self.ports[place]),
+                's@here.example'] + ['r%d@there.example' % i
+                                     for i in range(count)]
+
+    def sendfile(self, place, count):
+        return [self.python, '-IS', '-c', SENDFILE, str(self.ports[place])]
+
+    def others(self):
+        """Other programs that send mail, as far as they are here."""
+        found = [('smtplib', self.smtplib)]
+        msmtp, swaks = map(shutil.which, ('msmtp', 'swaks'))
+        if msmtp:
+            found.append(('msmtp', lambda place, count: [
+                msmtp, '-C', os.devnull, '--host=127.0.0.1',
+                '--port=%d' % self.ports[place], '--from=s@here.example',
+                '--'] + ['r%d@there.example' % i for i in range(count)]))
+        if swaks:
+            found.append(('swaks', lambda place, count: [
+                swaks, '--server', '127.0.0.1:%d' % self.ports[place],
+                '--helo', 'me.example', '--from', 's@here.example', '--data',
+                '-', '--silent', '3', '--to', ','.join(
+                    'r%d@there.example' % i for i in range(count))]))
+        return found
+
+    def peers(self):
+        return [('PEER', self.qmail(self.peer))] if self.peer else []
+
+    # Measuring and printing.
+
+    def measure(self, commands, message, rounds):
+        """A Run of medians for each command; None if it failed once."""
+        words = []
+        for command in commands:
+            words += [';'] * bool(words) + command
+        child = subprocess.Popen(
+            [self.python, '-IS', '-c', METER, str(rounds), message] + words,
+            env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+        try:
+            said, noted = child.communicate(timeout=BENCH_LIMIT)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            return [None] * len(commands)
+        runs = [[] for _ in commands]
+        for line in noted.splitlines():
+            number, wall, cpu, memory, status = line.split()
+            if status == b'0':
+                runs[int(number)].append((float(wall), float(cpu),
+                                          int(memory)))
+        self.said = said
+        return [Run(*map(statistics.median, zip(*each)))
+                if len(each) == rounds else None for each in runs]
+
+    def table(self, title, columns):
+        print('\n%s' % title)
+        self.columns = columns
+        print('  %-22s' % 'program' + ''.join('%14s' % x for x in columns))
+        sys.stdout.flush()
+
+    def line(self, name, *values):
+        print('  %-22s' % name + ''.join('%14s' % x for x in values))
+        sys.stdout.flush()
+
+    def delivers(self, name, command, message):
+        """Whether a program brings a message to its place at all; if not, a
+        line of the table says so."""
+        run, = self.measure([command], message, 1)
+        good = run is not None and (
+            name not in ('installed', 'copied in', 'PEER')
+            or b'K' in [record[:1] for record in self.said.split(b'\0')])
+        if not good:
+            self.line(name, 'cannot run it: %.40r' % self.said)
+        return good
+
+    def rows(self, place, count, message, rounds, programs):
+        """[(name, Run)] of the programs that can do it."""
+        programs = [(name, command(place, count))
+                    for name, command in programs]
+        programs = [each for each in programs
+                    if self.delivers(each[0], each[1], message)]
+        runs = self.measure([command for _, command in programs], message,
+                            rounds)
+        for (name, _), run in zip(programs, runs):
+            if run is None:
+                self.line(name, 'failed')
+        return [(name, run) for (name, _), run in zip(programs, runs) if run]
+
+    def own(self):
+        found = [('copied in', self.qmail(self.copied))]
+        if self.installed:
+            found.insert(0, ('installed', self.qmail(self.installed)))
+        return found
+
+    # The rows.
+
+    def file(self, name, block, size):
+        """A message of size bytes, made of whole blocks."""
+        path = os.path.join(self.path, name)
+        with open(path, 'wb') as f:
+            whole = block * (max(1, (1 << 20) // len(block)))
+            while f.tell() + len(whole) <= size:
+                f.write(whole)
+            f.write(block * ((size - f.tell()) // len(block)))
+        return path
+
+    def small(self, kilobyte):
+        self.table('1 KB to a sink, %d rounds; ratios of the CPU to bare '
+                   'Python and of the wall to ours' % ROUNDS,
+                   ['CPU ms', 'wall ms', 'CPU ratio', 'wall ratio'])
+        bare = [('python3 -IS -c pass', lambda place, count: [
+            self.python, '-IS', '-c', 'pass'])]
+        found = self.rows('data', 1, kilobyte, ROUNDS, bare + self.own()
+                          + self.peers() + self.others())
+        runs = dict(found)
+        base = runs['python3 -IS -c pass']
+        ours = runs.get('installed') or runs['copied in']
+        for name, run in found:
+            self.line(name, '%.1f' % (run.cpu * 1e3),
+                      '%.1f' % (run.wall * 1e3),
+                      '%.2f' % (run.cpu / base.cpu),
+                      '%.2f' % (run.wall / ours.wall))
+        print('  to reach: CPU 1.30 installed; wall of the others 3.00')
+
+    def trip(self):
+        """Seconds of a round trip through the relay, its own work included:
+        from the connection to the greeting, and for four commands."""
+        found = []
+        for _ in range(5):
+            start = time.monotonic()
+            with socket.create_connection(
+                    ('127.0.0.1', self.ports['far']), 10) as sock:
+                for _ in range(4):
+                    sock.recv(9999)
+                    sock.sendall(b'EHLO me.example\r\n')
+                sock.recv(9999)
+                found.append((time.monotonic() - start) / 5)
+        return statistics.median(found)
+
+    def far(self, kilobyte):
+        trip = self.trip()
+        self.table(
+            '1 KB over a round trip of %d ms (%.1f as the relay makes it); '
+            'round trips from\nSYN to the last reply: the wall less that '
+            'without the distance, plus one for the\nTCP handshake, which '
+            'no program can hold back'
+            % (2e3 * HALF_TRIP, trip * 1e3), ['recipients', 'rounds', 'wall ms',
+                             'round trips', 'to reach'])
+        ours = [('ours', self.qmail(self.ours))]
+        for place, limit in (('data', 5), ('chunk', 4)):
+            for count in 1, 100:
+                others = self.peers() + [
+                    each for each in self.others() if each[0] != 'swaks'] \
+                    if place == 'data' else self.peers()
+                for programs, rounds in ((ours, 20), (
+                        others, 5 if count == 1 else 1)):
+                    if not programs:
+                        continue
+                    near = dict(self.rows(place, count, kilobyte, 5,
+                                          programs))
+                    for name, run in self.rows(
+                            'far' + place.replace('data', ''), count,
+                            kilobyte, rounds, programs):
+                        trips = (run.wall - near[name].wall) / trip + 1
+                        self.line(name + (', CHUNKING' if place == 'chunk'
+                                          else ''),
+                                  count, rounds, '%.0f' % (run.wall * 1e3),
+                                  '%.1f' % trips,
+                                  limit if name == 'ours' else '')
+
+    KINDS = [('lines of text', b'The quick brown fox jumps over the lazy dog '
+              b'and has some more to say.\n'),
+             ('lines that start with a dot', b'.\n'),
+             ('empty lines', b'\n')]
+
+    def large(self):
+        for number, (title, block) in enumerate(self.KINDS):
+            self.table('100 MB, %s; the wall as a ratio to sendfile' % title,
+                       ['rounds', 'CPU ms', 'wall ms', 'ratio'])
+            message = self.file('large', block, HUNDRED)
+            wire = block.replace(b'\n', b'\r\n')
+            wire = b'.' * wire.startswith(b'.') + wire
+            self.file('large.wire', wire,
+                      HUNDRED // len(block) * len(wire))
+            base = self.measure([self.sendfile('data', 1)],
+                                message + '.wire', 5)[0]
+            found = [('sendfile', 5, base)]
+            os.unlink(message + '.wire')
+            for programs, rounds in (
+                    ([('ours', self.qmail(self.ours))] + self.peers(), 5),
+                    # smtplib and msmtp take minutes for the other two
+                    ([] if number else [
+                        each for each in self.others()
+                        if each[0] != 'swaks'], 3)):
+                if not programs:
+                    continue
+                found += [(name, rounds, run) for name, run in self.rows(
+                    'data', 1, message, rounds, programs)]
+            for name, rounds, run in found:
+                self.line(name, rounds, '%.0f' % (run.cpu * 1e3),
+                          '%.0f' % (run.wall * 1e3),
+                          '%.1f' % (run.wall / base.wall))
+            os.unlink(message)
+            if not number:
+                print('  to reach: 3.5, and smtplib at five times ours')
+
+    def memory(self, kilobyte):
+        self.table('Peak memory; the 2 GB are a file with holes, one round',
+                   ['1 KB: MB', '2 GB: MB', 'more: MB', '2 GB: s'])
+        huge = os.path.join(self.path, 'huge')
+        with open(huge, 'wb') as f:
+            for at in range(0, 2 << 30, 16 << 20):
+                f.seek(at)
+                f.write(self.KINDS[0][1] * 1000)
+            f.truncate((2 << 30) - 1)
+            f.seek(0, 2)
+            f.write(b'\n')
+        for name, command in [('ours', self.qmail(self.ours))] + self.peers():
+            small = dict(self.rows('data', 1, kilobyte, 3, [(name, command)]))
+            if name in small:
+                large, = self.measure([command('data', 1)], huge, 1)
+                if large is None:
+                    self.line(name, 'failed')
+                    continue
+                self.line(name, '%.1f' % (small[name].memory / 1024),
+                          '%.1f' % (large.memory / 1024), '%.1f' % (
+                              (large.memory - small[name].memory) / 1024),
+                          '%.1f' % large.wall)
+        os.unlink(huge)
+        print('  to reach: 2 MB more')
+
+    def late(self, kilobyte):
+        self.table(
+            'DNS answers %d ms late; the wall less that of answers at once, '
+            'in answers, %d rounds' % (LATE * 1e3, 20),
+            ['wall ms', 'answers', 'to reach'])
+        names = ['mx%d.many.example' % i for i in range(10)]
+        records = {('many.example', 'MX'): [
+            (i, name) for i, name in enumerate(names)]}
+        for i, name in enumerate(names):
+            records[name, 'A'] = ['127.0.0.%d' % (i + 1)]
+        records['relay.example', 'A'] = ['127.0.0.1']
+        hosts = ('many.example', '10 exchangers', 3), (
+            'one.example', 'a relay by name', 1)
+        for host, title, limit in hosts:
+            walls, command = [], [self.ours, host, 's@here.example',
+                                  'r@there.example']
+            for what in {}, {'delay': LATE}:
+                with FakeDNS(records, {(name, '*'): what for name in names
+                                       + ['many.example', 'relay.example']
+                                       if what}) as dns:
+                    self.env['DNSCACHEIP'] = dns.dns
+                    if not self.delivers('copied in', command, kilobyte):
+                        return
+                    walls.append(self.measure([command], kilobyte,
+                                              20)[0].wall)
+            self.line(title, '%.0f' % (walls[1] * 1e3),
+                      '%.1f' % ((walls[1] - walls[0]) / LATE), limit)
+        if self.peer:
+            self.line('PEER', 'not run: it asks /etc/resolv.conf')
+
+
+def machine():
+    """What it was measured on."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        with open('/proc/cpuinfo') as f:
+            model = re.search(r'(?m)^model name\s*: (.*)$', f.read()).group(1)
+    return '%s, %d cores, %s %s, %s %s' % (
+        model, os.cpu_count() or 0, platform.python_implementation(),
+        platform.python_version(), platform.system(), platform.release())
+
+
+def bench():
+    """Prints all tables."""
+    start, path = time.monotonic(), tempfile.mkdtemp(prefix='bench-')
+    os.chmod(path, 0o755)
+    try:
+        with Places() as places:
+            ports = places.ports
+            routes = ['%s.example:127.0.0.1:%d' % each
+                      for each in sorted(ports.items())]
+            routes += ['many.example::%d' % ports['data'],
+                       'one.example:relay.example:%d' % ports['data']]
+            with Home(smtproutes='\n'.join(routes).encode(),
+                      notipme=b'127.0.0.0/8', timeoutremote=b'60') as home:
+                print(machine())
+                it = Bench(path, ports, home)
+                kilobyte = it.file('kilobyte', b'x' * 63 + b'\n', 1024)
+                print('installed: %s' % (
+                    'INSTALLED' if os.environ.get('INSTALLED') else
+                    'by make' if 'root' in (it.installed or '').split('/')
+                    else 'a copy with bytecode' if it.installed
+                    else 'no, that takes root'))
+                it.small(kilobyte)
+                it.far(kilobyte)
+                it.large()
+                it.memory(kilobyte)
+                it.late(kilobyte)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+    print('\n%.0f seconds.' % (time.monotonic() - start))
+    return True
 
 
 if __name__ == '__main__':
