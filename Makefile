@@ -11,6 +11,8 @@ help:
 	@echo 'make demo       deliveries shown step by step: no root, no'
 	@echo '                network, no qmail needed'
 	@echo 'make check      all tests'
+	@echo 'make fuzz       random servers, DNS answers, messages, files;'
+	@echo '                SECONDS=600 SEED=7'
 	@echo 'make bench      figures; PEER=/var/qmail/bin/qmail-remote adds'
 	@echo '                that program'
 	@echo 'make install    as root: the program with its bytecode, which'
@@ -26,6 +28,12 @@ check:
 
 demo:
 	@$(PYTHON) -B test_qmail_remote.py demo
+
+# make fuzz SECONDS=600 SEED=7; more words in the docstring of fuzz().
+SECONDS = 60
+fuzz:
+	@SECONDS='$(SECONDS)' SEED='$(SEED)' \
+	    $(PYTHON) -B test_qmail_remote.py fuzz
 
 bench:
 	@PEER='$(PEER)' $(PYTHON) -B test_qmail_remote.py bench
@@ -56,4 +64,4 @@ uninstall:
 clean:
 	rm -rf __pycache__
 
-.PHONY: help check demo bench install uninstall clean
+.PHONY: help check demo fuzz bench install uninstall clean

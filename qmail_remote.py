@@ -2817,7 +2817,7 @@ class Session:
             self.unauthenticated = AUTH_MISSING
             return
         reply = rejected.reply
-        self.quit(b'*\r\n' if reply.kind() == 3 else b'')
+        self.quit(b'*\r\n' if reply.code == 334 else b'')
         text = AUTH_REJECTED % (self.address, rejected.what)
         if reply.code == 421:           # says nothing about the password
             raise self.ended(text, reply, b'authentication failed')

@@ -37,6 +37,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import warnings
 
@@ -4048,6 +4049,1553 @@ class Trying(Tables):
             self.check(want, output, *args)
 
 
+# ------------------------------------------------------------ Fuzzing
+# Random servers, messages, DNS answers, control files and addresses, each
+# made from a seed and a number alone, through the real code on a virtual
+# clock.  Each case is held against what a small model knows to be true.
+# `python3 test_qmail_remote.py fuzz` runs it for long; SECONDS and SEED, and
+# KIND, COUNT and CASE (the number of one case) are environment variables.
+
+FOREVER = float('inf')
+HELO_NAME = b'me.example'
+
+
+class Violation(Exception):
+    """What must never happen has happened."""
+
+
+# Things to choose from
+
+CODES = (200, 211, 220, 221, 235, 250, 251, 299, 300, 334, 354, 399, 400,
+         421, 432, 450, 451, 452, 454, 499, 500, 501, 502, 503, 504, 530,
+         534, 535, 538, 550, 552, 554, 599)
+REFUSALS = (421, 450, 451, 452, 499, 500, 503, 530, 550, 552, 554, 599)
+GARBAGE = (
+    b'', b'hello', b'25', b'2500 ok', b'250_ok', b' 250 ok', b'+25 ok',
+    b'2x0 ok', b'\0\0\0', b'100 wait', b'199', b'000', b'600 ok', b'999',
+    b'250-ok\r\n550 no', b'550-no\r\n250 ok', b'450-no\r\n550 no',
+    b'250-ok\r\nwhat', b'250-ok\r\n', b'\xff\xfe\r\n', b'\r\r\n',
+    b'\xd9\xa2\xd9\xa5\xd9\xa0', b'-250 ok', b'25 0', b'\t250 ok',
+    b'220\0 ok', b'3', b'354-\r\n250 ok', b'x' * 3000, b'550' * 2000)
+WORDS = (b'', b' ', b' ok', b' 2.1.5 ok', b' \0\0', b' no\xe9', b' a\rb',
+         b' 550 no', b' 250 ok', b'\r', b' ' + b'long ' * 40)
+EXTENSIONS = ((b'PIPELINING', .6), (b'CHUNKING', .5), (b'SIZE', .3),
+              (b'SIZE 1000', .2), (b'8BITMIME', .4), (b'SMTPUTF8', .4),
+              (b'smtputf8', .1), (b'STARTTLS', .02), (b'HELP', .1),
+              (b'DSN', .1), (b'', .05), (b'X ' + b'y' * 500, .02),
+              (b'\xff\0', .02), (b'Pipelining', .1))
+METHODS = (b'PLAIN', b'LOGIN', b'CRAM-MD5', b'plain', b'XOAUTH2', b'PLAINX')
+
+# Addresses as given, and as they go out; None: never.
+SENDERS = (
+    (b's@here.example', b's@here.example'), (b'', b''),
+    (b'a b@here.example', b'"a b"@here.example'),
+    (b'no-at-sign', b'no-at-sign'), (b's\xc3\xa9@here.example',) * 2)
+RECIPIENTS_SENT = (
+    (b'one@there.example', b'one@there.example'),
+    (b'two@there.example', b'two@there.example'),
+    (b'a"b\\@there.example', b'"a\\"b\\\\"@there.example'),
+    (b'x>DATA@there.example', b'"x>DATA"@there.example'),
+    (b'@there.example', b'""@there.example'),
+    (b'no-at-sign', b'no-at-sign'))
+RECIPIENTS_8BIT = (
+    (b'm\xc3\xbc@there.example',) * 2, (b'a@\xc3\xa9.example',) * 2,
+    (b'bad\xff@there.example',) * 2)
+RECIPIENTS_NEVER = (
+    (b'a\r\nDATA@there.example', None), (b'a@b c', None), (b'\n', None),
+    (b'a@b>\r', None), (b'a\rb@there.example', None), (b'', None))
+
+LINES = (b'', b'.', b'..', b'a', b'.a', b'a.', b'Subject: x', b'\xc3\xa9',
+         b'QUIT', b'RCPT TO:<evil@there.example>', b'.\r', b'\r.', b'\r',
+         b'a\rb', b'\r\r', b'a\r.\rb', b'\0', b'x' * 998)
+
+
+def random_message(chance):
+    """A message, mostly short, seldom without a newline at its end."""
+    count = chance.choice((0, 1, 2, 3, 5, 8, 30))
+    lines = [chance.choice(LINES) for _ in range(count)]
+    ends = b'\n' if chance.random() < .8 else b'\r\n'
+    data = b''.join(line + ends for line in lines)
+    size = chance.random()
+    if size < .01:
+        data = (data or b'.\n') * (chance.randrange(30000, 300000) //
+                                   (len(data) or 2))
+        data = data[:chance.randrange(len(data))] + b'\n'
+    if size > .96:
+        data += chance.choice((b'x', b'.', b'\r', b'a\r'))
+    return data
+
+
+def fast_wire_form(data, stuffed=True):
+    """What slow_wire_form() gives, for the whole message at once."""
+    lines = data.replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
+    return b'\r\n'.join(b'.' + line if stuffed and line[:1] == b'.' else line
+                        for line in lines)
+
+
+def cut_at_random(chance, data, most=4):
+    """data in up to most pieces; some may be empty."""
+    cuts = sorted(chance.randrange(len(data) + 1)
+                  for _ in range(chance.randrange(most)))
+    return [data[start:end] for start, end in
+            zip([0] + cuts, cuts + [len(data)])]
+
+
+# A scripted server, and the socket to it
+
+COMMANDS = re.compile(
+    br'(EHLO|HELO) me\.example|STARTTLS|DATA|QUIT|BDAT \d+ LAST|'
+    br'AUTH (LOGIN|CRAM-MD5|PLAIN( [A-Za-z0-9+/]+={0,2})?)|'
+    br'MAIL FROM:<([^\r\n\0]*)>( SIZE=\d+)?( BODY=8BITMIME)?( SMTPUTF8)?|'
+    br'RCPT TO:<([^\r\n\0]*)>')
+ANSWER = re.compile(br'[A-Za-z0-9+/]*={0,2}|\*')
+
+
+class FuzzSocket:
+    """The client's socket.  coming: [when, bytes]; b'' is the end, None a
+    reset.  opens: when it takes bytes again; narrow: the most that it takes
+    at once, or 0; broken: when sending begins to fail."""
+
+    def __init__(self, case):
+        self.case, self.chance = case, case.chance
+        self.coming, self.last = collections.deque(), case.now
+        self.opens, self.broken = case.now, FOREVER
+        self.narrow = self.chance.choice((0, 0, 0, 0, 1, 7, 50, 3000))
+        self.server, self.closed, self.sent = None, False, bytearray()
+        self.stalled = 0
+
+    def setblocking(self, flag):
+        pass
+
+    def close(self):
+        self.closed = True
+
+    def readable_at(self):
+        return self.coming[0][0] if self.coming else FOREVER
+
+    def writable_at(self):
+        return min(self.opens, self.broken)
+
+    def recv(self, size):
+        self.case.step()
+        if self.readable_at() > self.case.now:
+            raise BlockingIOError()
+        data = self.coming[0][1]
+        if data is None:
+            raise ConnectionResetError(errno.ECONNRESET, 'reset')
+        if not data:
+            return b''
+        self.coming.popleft()
+        if len(data) > size:
+            self.coming.appendleft([self.case.now, data[size:]])
+        return data[:size]
+
+    def send(self, data):
+        self.case.step()
+        if self.closed:
+            raise OSError(errno.EBADF, 'closed')
+        if self.case.now >= self.broken:
+            raise BrokenPipeError(errno.EPIPE, 'broken pipe')
+        if self.case.now < self.opens:
+            raise BlockingIOError()
+        size = len(data)
+        if self.narrow:
+            size = self.chance.randrange(1, max(self.narrow, size // 40) + 1)
+            if self.chance.random() < .3:
+                self.stall(self.chance.choice((0, 0, .01, .1)))
+        data = bytes(data[:size])
+        self.sent += data
+        self.server.take(data)
+        return len(data)
+
+    def stall(self, rounds):
+        """Takes nothing for so many timeouts; a little, if for none."""
+        self.stalled += rounds
+        self.server.slow = self.server.slow or self.stalled > .7
+        self.opens = self.case.now + (rounds * self.case.seconds or 1e-9)
+
+    # The other end
+
+    def push(self, data, delay):
+        """Lets data come in, by pieces, from that many seconds on."""
+        self.last = max(self.last, self.case.now + delay)
+        for piece in cut_at_random(self.chance, data, 3) \
+                if self.chance.random() < .2 else (data,):
+            if piece:
+                self.coming.append([self.last, piece])
+                if delay:
+                    self.last += delay * self.chance.random()
+
+    def end(self):
+        self.coming.append([self.last, b''])
+        self.broken = self.last + self.chance.choice((0, 1, FOREVER))
+
+    def reset(self, drop):
+        if drop:
+            self.coming.clear()
+            self.last = self.case.now
+        self.coming.append([self.last, None])
+        self.broken = self.last
+
+
+class FuzzServer:
+    """A small SMTP server that refuses and errs as chance has it, and knows
+    the truth: what it got, and what it said to what.
+
+    stray: it has said something besides one reply to each command, so that
+    a client cannot know which is which; clean: all replies so far could be
+    understood; slow: one of them may have come too late; mail, end: the
+    codes said to MAIL and to the message, or None; recipients: [path,
+    code]; complete: the whole message is in, for somebody."""
+
+    def __init__(self, case, sock, index):
+        self.case, self.chance, self.sock = case, case.chance, sock
+        self.index, self.alive, self.mute = index, True, False
+        self.fault = self.chance.choice((0, 0, 0, .02, .05, .2))
+        self.refuse = self.chance.choice((0, 0, 0, .05, .2, .6))
+        self.pace = self.chance.choice((0, 0, 0, .001, .01, .1))
+        self.buffer, self.read = b'', self.read_command
+        self.stray, self.clean, self.slow = False, True, False
+        self.mail = self.end = self.data_code = self.auth = None
+        self.recipients, self.body, self.want = [], bytearray(), 0
+        self.complete = self.early = self.ahead = False
+        self.end_at = self.said_5xx = None
+        sock.server = self
+        if case.port == 465 and case.tls_wanted:
+            self.read = self.read_tls
+        else:
+            self.answer(220, refused=(421, 450, 554, 250))
+
+    # What it says
+
+    def log(self, mark, data):
+        self.case.log.append((self.case.now, self.index, mark, data))
+
+    def say(self, data, delay=None):
+        """Sends a reply; delay is in timeouts."""
+        if self.mute or not self.alive:
+            return
+        if delay is None:
+            delay = self.pace * self.chance.random()
+        delay *= self.case.seconds
+        if self.sock.last + delay > self.case.now + self.case.seconds / 9:
+            self.slow = True
+        self.log('S', data)
+        self.sock.push(data, delay)
+
+    def spoken(self, code, lines=None):
+        """A reply in one of the forms that the grammar has."""
+        ends = self.chance.choice((b'\r\n', b'\r\n', b'\r\n', b'\n'))
+        if lines is None:
+            count = self.chance.choice((1, 1, 1, 1, 1, 2, 5))
+            lines = [self.chance.choice(WORDS) for _ in range(count)]
+        if 500 <= code != 530:
+            self.said_5xx = True
+        return b''.join(
+            b'%d-%s%s' % (code, line[1:], ends) for line in lines[:-1]
+        ) + b'%d%s%s' % (code, lines[-1], ends)
+
+    def answer(self, code, line=b'', lines=None, refused=REFUSALS):
+        """Says code, or a refusal, or something else, as chance has it; the
+        code that a client must understand, or None."""
+        if not self.alive or self.mute:
+            self.clean = False
+            return None
+        if self.chance.random() < self.refuse / 2:
+            code, lines = self.chance.choice(refused), None
+        if self.chance.random() < self.fault:
+            return self.chance.choice(self.FAULTS)(self, code, line)
+        self.say(self.spoken(code, lines))
+        return code
+
+    def wrong(self, code, line):
+        code = self.chance.choice(CODES)
+        self.say(self.spoken(code))
+        return code
+
+    def garbage(self, code, line):
+        """After garbage nothing can be understood any more."""
+        data = self.chance.choice(GARBAGE) + b'\r\n'
+        if b'5' in data:
+            self.said_5xx = True
+        self.say(data)
+        self.clean = False
+        self.mute = data.endswith(b'-ok\r\n\r\n')
+        return None
+
+    def silent(self, code, line):
+        self.mute, self.clean = True, False
+        return None
+
+    def leave(self, code=None, line=b''):
+        self.log('S', '(closes)')
+        self.alive = False
+        self.sock.end()
+        if code is not None:
+            self.clean = False
+        return None
+
+    def break_off(self, code, line):
+        self.log('S', '(resets)')
+        self.alive = self.clean = False
+        self.sock.reset(self.chance.random() < .5)
+        return None
+
+    def answer_and_leave(self, code, line):
+        self.say(self.spoken(code))
+        self.leave()
+        return code
+
+    def answer_and_break_off(self, code, line):
+        self.say(self.spoken(code))
+        self.log('S', '(resets)')
+        self.alive = False
+        self.sock.reset(False)
+        return code
+
+    def goodbye(self, code, line):
+        return self.answer_and_leave(421, line)
+
+    def twice(self, code, line):
+        self.stray = True
+        self.say(self.spoken(code))
+        self.say(self.spoken(self.chance.choice(CODES + (code,) * 20)),
+                 self.chance.choice((0, 0, .01, .5)))
+        return code
+
+    def late(self, code, line):
+        self.slow = True
+        self.say(self.spoken(code),
+                 self.chance.choice((.5, .9, .99, 1, 1.01, 2)))
+        return code
+
+    def half(self, code, line):
+        data = self.spoken(code)
+        self.say(data[:self.chance.randrange(len(data))])
+        self.clean, self.mute = False, True
+        if self.chance.random() < .5:
+            self.leave()
+        return None
+
+    def at_length(self, code, line):
+        self.say(self.spoken(code, [b' ' + b'x' * self.chance.choice(
+            (10, 600, 20000))] * self.chance.choice((1, 2, 100))))
+        return code
+
+    def echo(self, code, line):
+        cut = self.chance.choice((len(line), self.chance.randrange(99)))
+        words = b' unrecognized: ' + line[:cut].replace(b'\n', b'')
+        self.say(self.spoken(code, [b' -'] * self.chance.randrange(3) +
+                             [words]))
+        return code
+
+    def echo_refusing(self, code, line):
+        return self.echo(self.chance.choice(REFUSALS), line)
+
+    def drip(self, code, line):
+        self.slow, data = True, self.spoken(code)
+        for at in range(len(data)):
+            self.say(data[at:at + 1], self.chance.choice((.01, .1, .3)))
+        return code
+
+    def stall(self, code, line):
+        self.slow = True
+        self.sock.stall(self.chance.choice((.1, .9, 1, 5, FOREVER)))
+        self.say(self.spoken(code))
+        return code
+
+    FAULTS = (wrong, wrong, wrong, garbage, garbage, silent, leave,
+              break_off, answer_and_leave, answer_and_break_off, goodbye,
+              twice, twice, late, half, at_length, echo, echo_refusing,
+              drip, stall)
+
+    # What it reads
+
+    def take(self, data):
+        """Some bytes of the client's."""
+        if not self.alive:
+            return
+        self.log('C', data)
+        self.buffer += data
+        while self.alive and self.read():
+            pass
+
+    def wants(self, holds, what):
+        """Notes a violation of the second law; a server that is out of step
+        has itself to blame."""
+        if not holds and not self.stray:
+            self.case.violations.append('%s: %.200r' % (what, self.buffer))
+
+    def read_command(self):
+        end = self.buffer.find(b'\n') + 1
+        if not end:
+            return False
+        line = self.buffer[:end]
+        known = COMMANDS.fullmatch(line[:-2])
+        fits = ANSWER if self.auth else COMMANDS
+        self.wants(line.endswith(b'\r\n') and
+                   (known if line == b'QUIT\r\n' else
+                    fits.fullmatch(line[:-2])), 'no command')
+        self.buffer = self.buffer[end:]
+        if self.auth and line != b'QUIT\r\n':
+            self.go_on_with_auth(line)
+        elif known:
+            getattr(self, 'on_' + line[:4].strip().decode().lower())(line)
+        else:
+            self.answer(500, line)
+        return True
+
+    def on_quit(self, line):
+        self.answer(221, line)
+        if self.chance.random() < .9:
+            self.alive = False
+            self.sock.end()
+
+    def on_helo(self, line):
+        self.answer(250, line)
+
+    def on_ehlo(self, line):
+        lines = [b' here']
+        lines += [b' ' + word for word, share in EXTENSIONS
+                  if self.chance.random() < share]
+        if self.case.secrets or self.chance.random() < .1:
+            methods = [method for method in METHODS
+                       if self.chance.random() < .5]
+            lines.append(self.chance.choice((b' AUTH ', b' AUTH=')) +
+                         b' '.join(methods))
+        self.answer(250, line, lines, (421, 450, 500, 502, 502, 530, 554))
+
+    def on_star(self, line):
+        """STARTTLS.  There is no TLS here, so it always fails."""
+        if self.answer(220, line, None, (220, 454, 501)) == 220:
+            self.read = self.read_tls
+
+    def read_tls(self):
+        """A handshake that comes to nothing."""
+        self.buffer = b''
+        self.clean = False
+        kind = self.chance.randrange(5)
+        if kind == 0:
+            self.mute = True
+        elif kind == 1:
+            self.leave()
+        else:
+            self.say((b'\x15\x03\x01\0\2\2\x28', b'220 hello\r\n',
+                      b'\x16\x03\x03\xff\xff')[kind - 2])
+        return False
+
+    def on_auth(self, line):
+        """auth counts the lines to come of the client."""
+        self.wants(self.case.secrets, 'AUTH without credentials')
+        method = line[5:10]
+        first = method == b'PLAIN' and self.chance.random() < .9
+        challenge = binascii.b2a_base64(b'<1.2@x>')[:-1]
+        if self.chance.random() < .1:
+            challenge = self.chance.choice((b'', b'a', b'=', b'x' * 20000))
+        code = self.answer(235 if first else 334, line, [b' ' + challenge],
+                           (432, 454, 500, 504, 504, 534, 534, 535, 538))
+        if code == 334:
+            self.auth = 2 if method == b'LOGIN' else 1
+
+    def go_on_with_auth(self, line):
+        more, self.auth = self.auth - 1, None
+        code = 501 if line == b'*\r\n' else 334 if more else 235
+        code = self.answer(code, line, None, (432, 454, 501, 535, 334))
+        if code == 334:
+            self.auth = more or 1       # one 334 too many: it may cancel
+
+    def on_mail(self, line):
+        self.wants(line.startswith(b'MAIL FROM:<%s>' % self.case.sender[1]),
+                   'another sender')
+        self.mail, self.recipients = self.answer(250, line), []
+
+    def on_rcpt(self, line):
+        code = self.answer(250 if self.good(self.mail) else 503, line)
+        self.recipients.append([line[9:-3], code])
+        if code == 421 or code and 300 <= code < 400:
+            self.clean = False          # nobody would go on
+
+    @staticmethod
+    def good(code):
+        return code is not None and 200 <= code < 300
+
+    def somebody(self):
+        """Whether there is a sender, and a recipient to give it to."""
+        return self.good(self.mail) and any(
+            self.good(code) for _, code in self.recipients)
+
+    def on_data(self, line):
+        code = 354 if self.somebody() or self.chance.random() < .1 else 503
+        self.data_code = self.answer(code, line)
+        if self.data_code == 354:
+            self.body, self.read = bytearray(b'\r\n'), self.read_message
+
+    def read_message(self):
+        start = max(0, len(self.body) - 4)
+        self.body += self.buffer
+        end = self.body.find(b'\r\n.\r\n', start)
+        if end < 0:
+            self.buffer = b''
+            self.interrupt()
+            return False
+        self.buffer = bytes(self.body[end + 5:])
+        del self.body[end + 2:], self.body[:2]
+        self.message_ended(self.case.wire())
+        return True
+
+    def interrupt(self):
+        """Perhaps says something, or goes, before the message is in."""
+        if self.early or self.chance.random() > self.fault / 2:
+            return
+        self.early = True
+        kind = self.chance.randrange(6)
+        if kind < 2:
+            self.chance.choice((self.leave, self.break_off))(0, b'')
+            return
+        if kind == 2:
+            self.slow = True
+            self.sock.stall(self.chance.choice((.5, 1.5, FOREVER)))
+            return
+        code = self.chance.choice(REFUSALS if kind < 5 else CODES)
+        self.stray = self.stray or code < 400
+        self.end = code
+        self.say(self.spoken(code))
+        if self.chance.random() < .4:
+            self.leave()
+
+    def on_bdat(self, line):
+        self.want, self.read = int(line.split()[1]), self.read_chunk
+
+    def read_chunk(self):
+        if len(self.buffer) < self.want:
+            return False
+        self.body = self.buffer[:self.want]
+        self.buffer = self.buffer[self.want:]
+        self.message_ended(self.case.wire(False))
+        return True
+
+    def message_ended(self, want):
+        """The end of a message; a lone dot says that there is none."""
+        self.read = self.read_command
+        lone = not self.body and want and not self.somebody()
+        self.wants(self.body == want or lone, 'another message: %.300r' %
+                   bytes(self.body))
+        self.complete = self.somebody() and self.body == want
+        self.end_at = self.case.now
+        self.ahead = self.sock.readable_at() < self.case.now
+        if self.early and self.end is not None:
+            return              # it has had its answer
+        code = self.answer(250 if self.somebody() else 503)
+        self.end = code
+
+    def rest_is_fine(self):
+        """Holds what came last against the grammar."""
+        if self.read == self.read_message:
+            body, end = bytes(self.body[2:]), b'.\r\nQUIT\r\n'
+            want = self.case.wire() + end
+            self.wants(want.startswith(body) if self.somebody() else
+                       end.startswith(body) or b'QUIT\r\n'.startswith(body),
+                       'another message: %.300r' % body)
+        elif self.read == self.read_chunk:
+            want = self.case.wire(False) + b'QUIT\r\n'
+            self.wants(want.startswith(self.buffer), 'another chunk')
+        elif self.read == self.read_command and self.alive:
+            self.wants(b'\r' not in self.buffer[:-1], 'a lone CR')
+
+
+# A case: all that is around the servers
+
+class FuzzMessages:
+    """Messages for cases.  A file is used again and again; a pipe gets its
+    bytes by pieces, whenever somebody waits for them."""
+
+    def __init__(self):
+        self.file = tempfile.TemporaryFile(buffering=0)
+
+    def open(self, case, kind):
+        """A Message with the case's bytes, and its pieces."""
+        if kind == 'file':
+            fd = self.file.fileno()
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, case.message, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            return qr.Message(fd, False, case.seconds, case.message_wait,
+                              case.clock)
+        if kind == 'closed':
+            return qr.Message(-1, case.chance.random() < .5, case.seconds,
+                              case.message_wait, case.clock)
+        reader, writer = os.pipe()
+        case.pipe = [reader, writer]
+        case.pieces = [piece for part in range(0, len(case.message), 60000)
+                       for piece in cut_at_random(
+                           case.chance, case.message[part:part + 60000], 5)]
+        if kind == 'stuck':
+            case.pieces.insert(case.chance.randrange(len(case.pieces) + 1),
+                               None)
+        return qr.Message(reader, False, case.seconds, case.message_wait,
+                          case.clock)
+
+    def close(self):
+        self.file.close()
+
+
+class FuzzClock:
+    """A virtual clock, and a wait() on it for sockets that tell when they
+    are ready.  What happens goes to log."""
+
+    STEPS = 400000
+
+    def __init__(self, chance):
+        self.chance, self.now, self.steps = chance, 1000.0, 0
+        self.log = []
+
+    def step(self):
+        self.steps += 1
+        if self.steps > self.STEPS:
+            raise Violation('no end')
+
+    def clock(self):
+        return self.now
+
+    def wait(self, reading, writing, deadline):
+        """As the program's."""
+        self.step()
+        if self.now >= deadline:
+            raise qr.TimedOut()
+        moment = min([sock.readable_at() for sock in reading] +
+                     [sock.writable_at() for sock in writing] + [deadline])
+        self.now = max(self.now, moment)
+        if self.now >= deadline:
+            raise qr.TimedOut()
+        return ([sock for sock in reading if sock.readable_at() <= self.now],
+                [sock for sock in writing if sock.writable_at() <= self.now])
+
+    def law(self, holds, what):
+        if not holds:
+            raise Violation(what)
+
+
+class FuzzCase(FuzzClock):
+    """One delivery: its servers, their addresses and the way there, the
+    envelope and the message."""
+
+    def __init__(self, chance, messages):
+        FuzzClock.__init__(self, chance)
+        self.servers, self.violations, self.connects = [], [], 0
+        self.seconds = chance.choice((1, 5, 600, 1200))
+        self.connecting = chance.choice((1, 5, 60))
+        self.pipe, self.pieces, self.read_waits = [], [], 0
+        self.dns_soft, self.wires = False, {}
+        self.choose_mail(messages)
+        self.choose_way()
+
+    def choose_mail(self, messages):
+        chance = self.chance
+        self.sender = chance.choice(SENDERS[:1] * 8 + SENDERS)
+        pool = RECIPIENTS_SENT * 4 + RECIPIENTS_8BIT + RECIPIENTS_NEVER
+        if chance.random() < .6:
+            pool = RECIPIENTS_SENT
+        self.recipients = [chance.choice(pool) for _ in range(
+            chance.choice((1, 1, 1, 2, 3, 6)))]
+        self.message = random_message(chance)
+        kind = chance.choice(('file',) * 12 + ('pipe',) * 6 +
+                             ('closed', 'stuck'))
+        self.kind = kind
+        self.reader = messages.open(self, kind)
+
+    def choose_way(self):
+        """The servers, and who may get credentials."""
+        chance = self.chance
+        self.count = chance.choice((1, 1, 1, 1, 2, 3))
+        self.port, self.secrets, route = 25, [], None
+        self.tls_wanted = chance.random() < .5
+        self.named = chance.random() < .5
+        if self.named:
+            self.count = 1
+            self.port = chance.choice((25,) * 30 + (26, 26, 587, 465))
+        credentials = None
+        if chance.random() < .3:
+            credentials = self.choose_credentials()
+        relay = b'relay.example' if self.named else None
+        route = qr.Route(relay, self.port if self.named else None,
+                         credentials)
+        own = qr.Route(False, None, credentials)
+        table = {b'': route}
+        self.control = qr.Control(
+            HELO_NAME, self.connecting, self.seconds,
+            table if self.named or chance.random() < .5 else {},
+            chance.choice(({}, table, {b'': own})), [], [])
+        if self.named and credentials:
+            self.secrets = self.forms
+        self.host = b'there.example'
+
+    def choose_credentials(self):
+        """User and password that cannot be in a report by chance."""
+        def word(mark):
+            return mark + bytes(self.chance.choice(b'bcdfgjkvwxz|: \xc3\xa9')
+                                for _ in range(self.chance.choice(
+                                    (7, 9, 20)))) + mark
+        user, password = word(b'Q').replace(b'|', b'_'), word(b'Z')
+        both = b'\0' + user + b'\0' + password
+        self.forms = [user, password] + [
+            binascii.b2a_base64(value)[:-1].rstrip(b'=')
+            for value in (user, password, both)]
+        return user, password
+
+    def wire(self, stuffed=True):
+        """What must go out."""
+        if stuffed not in self.wires:
+            self.wires[stuffed] = fast_wire_form(self.message, stuffed)
+        return self.wires[stuffed]
+
+    # The program's collaborators
+
+    def message_wait(self, reading, writing, deadline):
+        """The pipe's, that gets its next piece now."""
+        self.step()
+        if self.kind in ('file', 'closed'):
+            return reading, ()
+        self.read_waits += 1
+        if self.chance.random() < .1:
+            self.now += self.seconds * .3
+        if not self.pieces:
+            os.close(self.pipe.pop())
+            self.message_wait = self.ready
+            return reading, ()
+        piece = self.pieces.pop(0)
+        if piece is None:
+            self.now = deadline
+            self.pieces.insert(0, None)
+            raise qr.TimedOut()
+        if not piece:
+            return self.message_wait(reading, writing, deadline)
+        os.write(self.pipe[1], piece)
+        return reading, ()
+
+    @staticmethod
+    def ready(reading, writing, deadline):
+        return reading, ()
+
+    def ask(self, questions):
+        """In place of a Resolver's."""
+        return [self.lookup(name, qtype) for name, qtype in questions]
+
+    def lookup(self, name, qtype):
+        if self.chance.random() < .01:
+            self.dns_soft = True
+            return qr.Lookup(qr.Lookup.SOFT, [], False)
+        if qtype == qr.MX:
+            return qr.Lookup(qr.Lookup.OK, [
+                (10 * index, b'\3mx%d\0' % index)
+                for index in range(1, self.count + 1)], False)
+        index = name[3:4] if name.startswith(b'\3mx') else b'1'
+        values = {b'2': [b'2001:db8::2'] if qtype == qr.AAAA else []}.get(
+            index, [b'10.0.0.' + index] if qtype == qr.A else [])
+        return qr.Lookup(qr.Lookup.OK, values, False)
+
+    @staticmethod
+    def own(address):
+        return False
+
+    def skip(self, address):
+        return self.chance.random() < .01
+
+    def timed_out(self, address):
+        pass
+
+    answered = timed_out
+
+    def connect(self, address, port, seconds):
+        self.connects += 1
+        kind = self.chance.random()
+        if kind < .02:
+            self.now += seconds
+            raise qr.TimedOut()
+        if kind < .04:
+            raise OSError(self.chance.choice(
+                (errno.ECONNREFUSED, errno.ENETUNREACH)), 'no')
+        if kind < .041:
+            raise qr.Report(qr.NO_RESOURCES)
+        self.now += self.chance.choice((0, 0, 0, seconds * .9))
+        sock = FuzzSocket(self)
+        self.servers.append(FuzzServer(self, sock, address.decode()))
+        return sock
+
+    def line(self, sock):
+        return qr.Line(sock, self.wait, self.clock)
+
+    def tls_control(self, name):
+        return qr.TlsControl(None, not self.tls_wanted, None, b'')
+
+    # The run, and what must be true of it
+
+    def run(self):
+        """The letter of the message report.  Raises Violation."""
+        world = qr.World(self, self.own, self, self.connect, self.line,
+                         self.reader, self.tls_control)
+        start = self.now
+        try:
+            report = qr.deliver(self.host, self.sender[0],
+                                [given for given, _ in self.recipients],
+                                self.control, world)
+        except qr.Report as raised:
+            report = raised
+        finally:
+            for fd in self.pipe:
+                os.close(fd)
+        self.output = qr.output_of(report)
+        self.taken = self.now - start
+        self.judge()
+        return self.text[:1].decode()
+
+    def judge(self):
+        for server in self.servers:
+            server.rest_is_fine()
+            self.law(server.sock.closed, 'a socket is left open')
+        self.law(not self.violations, '; '.join(self.violations))
+        self.judge_form()
+        self.judge_secrets()
+        self.law(self.taken <= self.bound(), 'took %s seconds, not %s' % (
+            self.taken, self.bound()))
+        self.judge_recipients()
+        self.judge_acceptance()
+        if self.text[:1] == b'D':
+            self.judge_bounce()
+
+    def judge_form(self):
+        records = self.output.split(b'\0')
+        self.law(records.pop() == b'', 'no NUL at the end')
+        self.text, self.reports = records.pop(), records
+        self.law(self.text[:1] in (b'K', b'Z', b'D') and
+                 self.text.endswith(b'\n'), 'no message report')
+        self.law(all(record == b'r' or record[:1] in (b'h', b's') and
+                     record.endswith(b'\n') for record in self.reports),
+                 'no recipient report')
+        self.law(len(self.reports) <= len(self.recipients), 'too many')
+        self.law(self.text[:1] != b'K' or
+                 len(self.reports) == len(self.recipients), 'too few')
+
+    def judge_secrets(self):
+        for secret in getattr(self, 'forms', ()):
+            self.law(secret[:8] not in self.output, 'a secret is told')
+            self.law(self.secrets or not any(
+                secret in data for _, _, mark, data in self.log
+                if mark == 'C'), 'a secret for a server that DNS chose')
+
+    def bound(self):
+        """As the README has it; twice for what may have to wait for room
+        in the send buffer, since servers stall here."""
+        auth = 6 if self.secrets else 0
+        replies = 3 + 3 + auth          # to MAIL; STARTTLS, a handshake, EHLO
+        parts = 6 + 2 * len(self.wire()) // 65536
+        after = 2 * (len(self.recipients) + 3) + parts
+        return self.connects * (
+            self.connecting + 2 * replies * self.seconds) + \
+            (after + self.read_waits) * self.seconds
+
+    def judge_recipients(self):
+        """Each report against the reply to its recipient."""
+        server = self.servers[-1] if self.servers else None
+        codes = list(server.recipients) if server else []
+        earlier = False
+        for record, (_, path) in zip(self.reports, self.recipients):
+            unsent = path is None or record[:1] == b'h' and \
+                b'#5.6.7' in record and any(c > 127 for c in path)
+            if unsent:
+                self.law(record[:1] == b'h', 'a bad address is not told of')
+                continue
+            if server is None or server.stray:
+                return
+            self.law(codes, 'a report without a RCPT')
+            sent, code = codes.pop(0)
+            self.law(sent == path, 'another recipient: %r' % sent)
+            want = b'r' if server.good(code) else \
+                b'h' if code and code >= 500 and code != 530 and not (
+                    code == 552 and earlier) else b's'
+            self.law(record[:1] == want and code is not None and
+                     not 300 <= code < 400,
+                     '%r for a recipient that got %s' % (record, code))
+            earlier = earlier or want == b'r'
+
+    def judge_acceptance(self):
+        """The first law, and that nothing accepted is thought lost."""
+        letter = self.text[:1]
+        last = self.servers[-1] if self.servers else None
+        if last and last.data_code == 354 and last.somebody() and \
+                last.clean and not last.slow and not last.stray:
+            self.law(len(self.reports) == len(self.recipients),
+                     'recipients that nobody is told of')
+        for server in self.servers[:-1]:
+            self.law(not server.complete, 'a second server after one that '
+                     'has the message')
+        server = last
+        if letter == b'K':
+            self.law(server and (server.complete or server.stray and
+                                 self.all_sent(server.sock.sent)),
+                     'K without a message')
+            self.law(server.stray or server.good(server.end) and
+                     server.end != 221, 'K without 2xx')
+            self.law(not server.ahead, 'K for an answer before the question')
+            return
+        if not server or server.stray or not server.complete:
+            return
+        accepted = server.good(server.end) and server.end != 221
+        if server.end is None or accepted:
+            self.law(letter == b'Z' and b'Possible duplicate' in self.text,
+                     'a duplicate nobody is told of')
+        if accepted and server.clean and not server.slow:
+            self.law(False, 'accepted, and not K')
+
+    def all_sent(self, sent):
+        """Whether the message and its end left, even if the server, which
+        is out of step, was gone by then."""
+        return self.wire() + b'.\r\n' in sent or \
+            b' LAST\r\n' + self.wire(False) in sent
+
+    def judge_bounce(self):
+        """D only for what a server, DNS or the mail itself has said."""
+        last, head = self.message[-1:], self.text.split(b'\n')[0]
+        if self.text.startswith(qr.PARTIAL_LINE):
+            self.law(last not in (b'\n', b''), 'a whole last line')
+        elif self.text.startswith(qr.NO_RECIPIENT):
+            self.law(all(path is None for _, path in self.recipients),
+                     'recipients left')
+        elif b'#5.6.7' in head:
+            self.law(any(c > 127 for c in self.sender[1]), 'ASCII')
+        elif self.text.startswith(b'DGiving up'):
+            self.law(all(record[:1] == b'h' for record in self.reports),
+                     'not all of them are refused')
+        else:
+            self.law(self.servers and not self.dns_soft or
+                     len(self.reports), 'D, and others not tried')
+            server = self.servers[-1]
+            self.law(any(server.said_5xx for server in self.servers),
+                     'D without 5xx')
+            if b'sender was rejected' in head:
+                self.judge_sender_refused()
+            elif not server.stray:
+                code = server.data_code if b'on DATA' in head \
+                    else server.end
+                self.law(code and code >= 500 and code != 530,
+                         'D for %s' % code)
+
+    def judge_sender_refused(self):
+        self.law(len(self.servers) >= self.count, 'D, and others not tried')
+        foreign = any(c > 127 for c in self.sender[1])
+        for address in {server.index for server in self.servers}:
+            server = [server for server in self.servers
+                      if server.index == address][-1]
+            self.law(server.stray or server.mail and server.mail >= 500 and
+                     server.mail != 530 or foreign and not server.mail,
+                     'D for %s to MAIL' % server.mail)
+
+    def transcript(self):
+        """What happened, for a human reader."""
+        shown = ['seconds %s, message %s %.300r' % (
+            self.seconds, self.kind, self.message),
+            'sender %r, recipients %r' % (self.sender[0],
+                                          [r for r, _ in self.recipients])]
+        together = itertools.groupby(self.log, lambda entry: entry[:3])
+        shown += ['%10.3f %s %s %.600r' % (
+            key + (b''.join(entry[3] for entry in entries)
+                   if key[2] == 'C' else [entry[3] for entry in entries],))
+                  for key, entries in together]
+        return '\n'.join(shown + ['output %.2000r' % getattr(
+            self, 'output', None)])
+
+
+# Messages, cut at random edges
+
+class FuzzWire(FuzzClock):
+    """A message in blocks, and its two wire forms."""
+
+    def run(self):
+        chance = self.chance
+        data = bytes(chance.choice(b'ab..\r\r\n\n\n\0\xff')
+                     for _ in range(chance.choice((3, 10, 30, 100, 300))))
+        if chance.random() < .8:
+            data += b'\n'
+        self.blocks = cut_at_random(chance, data, chance.choice((2, 5, 30)))
+        whole = data[:-1] if data.endswith(b'\r') else data
+        for stuffed in True, False:
+            got = b''.join(qr.wire_form(self.blocks, stuffed))
+            self.law(got == fast_wire_form(whole, stuffed),
+                     'another wire form (stuffed: %s): %r' % (stuffed, got))
+            self.law(not re.search(b'\r(?!\n)|(?<!\r)\n', got),
+                     'a lone CR or LF: %r' % got)
+            if stuffed:
+                self.law(got == slow_wire_form(whole), 'not the slow form')
+                self.law(b'\r\n.\r\n' not in b'\r\n' + got,
+                         'an early end: %r' % got)
+        return 'whole' if data.endswith(b'\n') else 'partial'
+
+    def transcript(self):
+        return repr(self.blocks)
+
+
+# DNS answers
+
+DNS_OWNERS = (b'\xc0\x0c', QUESTION_NAME, b'\x01M\xc0\x0e', b'\x01n\xc0\x0e',
+              b'\x01o\x04test\0', b'\xc0\x0e', b'\0')
+DNS_FLAGS = (0x8180,) * 12 + (0x8580, 0x81a0, 0x8183, 0x8182, 0x8185, 0x8380,
+                             0x8000, 0x0180, 0x8100)
+
+
+def random_record(chance, qtype):
+    """A record, mostly of that type, mostly well-formed."""
+    kind = chance.choice((qtype, qtype, qtype, 1, 5, 15, 28, 6, 52, 99))
+    if kind in (1, 28):
+        data = bytes(chance.randrange(256)
+                     for _ in range(4 if kind == 1 else 16))
+    elif kind in (5, 15):
+        data = b'\0\x0a' * (kind == 15) + chance.choice(DNS_OWNERS)
+    else:
+        data = bytes(chance.randrange(256) for _ in range(35))
+    return (chance.choice(DNS_OWNERS[:1] * 6 + DNS_OWNERS) + struct.pack(
+        '>HHLH', kind, 1, 300, len(data)) + data)
+
+
+def random_answer(chance, ident, question, qtype):
+    """A good answer to a question (name, type and class on the wire)."""
+    parts = [[random_record(chance, qtype)
+              for _ in range(chance.choice(counts))]
+             for counts in ((1, 1, 2, 5), (0, 0, 0, 1), (0, 0, 1))]
+    extra = [b'\0\0\x29\x04\xd0\0\0\0\0\0\0'] * chance.randrange(2)
+    parts[2] += extra
+    return struct.pack('>6H', ident, chance.choice(DNS_FLAGS), 1,
+                       *map(len, parts)) + question + b''.join(
+                           itertools.chain(*parts))
+
+
+def mutated(chance, data, first=0):
+    """data with some damage, mostly from first on."""
+    data = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        start = first if chance.random() < .9 and first < len(data) else 0
+        at = chance.randrange(start, len(data) + 1)
+        kind = chance.randrange(7)
+        if kind == 6:           # a compression pointer, to somewhere near
+            data[at:at + 2] = struct.pack('>H', 0xC000 | max(
+                0, at - chance.randrange(-2, 40)))
+        elif kind == 0:
+            data[at:at + 1] = bytes([chance.randrange(256)])
+        elif kind == 1 and at < len(data):
+            data[at] ^= 1 << chance.randrange(8)
+        elif kind == 2:
+            del data[at:at + chance.choice((1, 1, 2, 8, 1000))]
+        elif kind == 3:
+            data[at:at] = bytes([chance.choice((0, 12, 63, 64, 192, 255))])
+        elif kind == 4:
+            data[at:at] = data[at:at + chance.randrange(30)]
+        elif at < len(data):
+            data[at] = chance.choice((0, 1, 12, 63, 64, 127, 192, 193, 255))
+    return bytes(data)
+
+
+def slow_name(packet, at):
+    """(the labels, where they end).  Raises ValueError, IndexError."""
+    labels, begin = [], at
+    while packet[at]:
+        size = packet[at]
+        if size > 191:
+            to = (size & 63) << 8 | packet[at + 1]
+            if not 12 <= to < begin:
+                raise ValueError('pointer')
+            return labels + slow_name(packet, to)[0], at + 2
+        label = packet[at + 1:at + 1 + size]
+        if size > 63 or len(label) < size:
+            raise ValueError('label')
+        labels.append(label.lower())
+        at += 1 + size
+    return labels, at + 1
+
+
+def slow_wire(labels):
+    name = b''.join(bytes([len(label)]) + label for label in labels) + b'\0'
+    if len(name) > 255:
+        raise ValueError('name')
+    return name
+
+
+def slow_records(packet):
+    """(owner, type, value) of the answers.  Raises ValueError, IndexError."""
+    at, found = slow_name(packet, 12)[1] + 4, []
+    for _ in range(packet[6] << 8 | packet[7]):
+        labels, at = slow_name(packet, at)
+        kind, class_, size = (packet[at] << 8 | packet[at + 1],
+                              packet[at + 2] << 8 | packet[at + 3],
+                              packet[at + 8] << 8 | packet[at + 9])
+        start, at = at + 10, at + 10 + size
+        data = packet[start:at]
+        if len(data) < size:
+            raise ValueError('rdata')
+        if class_ != 1:
+            continue
+        if kind in (1, 28) and size == (4 if kind == 1 else 16):
+            data = data[12:] if data[:12] == bytes(10) + b'\xff\xff' else data
+            family = socket.AF_INET if len(data) == 4 else socket.AF_INET6
+            data = socket.inet_ntop(family, data).encode()
+        elif kind == 15:
+            labels_of, end = slow_name(packet, start + 2)
+            data = data[0] << 8 | data[1], slow_wire(labels_of)
+        elif kind == 5:
+            labels_of, end = slow_name(packet, start)
+            data = slow_wire(labels_of)
+        elif kind == 52:
+            data = data[0], data[1], data[2], data[3:]
+        if kind in (5, 15) and end != at:
+            raise ValueError('rdata length')
+        found.append((slow_wire(labels), kind, data))
+    return found
+
+
+def slow_values(packet, name, qtype):
+    """All that a packet says of a name: what it owns, and what its aliases
+    own.  Raises ValueError, IndexError."""
+    records, owners = slow_records(packet), {name}
+    for _ in records:
+        owners |= {value for owner, kind, value in records
+                   if kind == 5 and owner in owners}
+    return [value for owner, kind, value in records
+            if kind == qtype and owner in owners]
+
+
+class FuzzAnswer(FuzzClock):
+    """One damaged answer, through parse_answer() and follow()."""
+
+    def run(self):
+        chance = self.chance
+        qtype = chance.choice((1, 15, 28, 52))
+        question = QUESTION_NAME + struct.pack('>2H', qtype, 1)
+        packet = random_answer(chance, 0x1234, question, qtype)
+        if chance.random() < .9:
+            packet = mutated(chance, packet, 12 + len(question))
+        self.packet = packet
+        try:
+            answer = qr.parse_answer(packet, 0x1234, QUESTION_NAME, qtype)
+            if answer is None:
+                return 'ignored'
+            values = qr.follow(answer.records, QUESTION_NAME, qtype)[0]
+        except qr.Malformed:
+            return 'malformed'
+        self.law(packet[:2] == b'\x12\x34' and packet[2] & 0xf8 == 0x80,
+                 'no answer to this question')
+        if answer.truncated:
+            return 'truncated'
+        try:
+            held = slow_values(packet, QUESTION_NAME, qtype)
+        except (ValueError, IndexError) as error:
+            raise Violation('accepted, but malformed: %r' % error)
+        self.law(all(value in held for value in values),
+                 '%r, but the packet holds %r' % (values, held))
+        return 'values' if values else 'empty'
+
+    def transcript(self):
+        return self.packet.hex()
+
+
+class FuzzNameSocket:
+    """A socket to a name server that answers as chance has it."""
+
+    def __init__(self, case, stream):
+        self.case, self.chance, self.stream = case, case.chance, stream
+        self.coming, self.error, self.closed = collections.deque(), 0, False
+
+    def bind(self, address):
+        if self.chance.random() < .1:
+            raise OSError(errno.EADDRINUSE, 'in use')
+
+    def connect(self, address):
+        if self.chance.random() < .05:
+            raise OSError(errno.ENETUNREACH, 'no way')
+        if self.stream and self.chance.random() < .5:
+            self.error = self.chance.choice((0, 0, errno.ECONNREFUSED))
+            raise BlockingIOError()
+
+    def getsockopt(self, *_):
+        return self.error
+
+    def close(self):
+        self.closed = True
+
+    def readable_at(self):
+        return self.coming[0][0] if self.coming else FOREVER
+
+    def writable_at(self):
+        return self.case.now
+
+    def recv(self, size):
+        self.case.step()
+        if self.readable_at() > self.case.now:
+            raise BlockingIOError()
+        data = self.coming[0][1]
+        if data is None:
+            raise OSError(errno.ECONNREFUSED, 'refused')
+        if data or not self.stream:
+            self.coming.popleft()
+        if self.stream and len(data) > size:
+            self.coming.appendleft([self.case.now, data[size:]])
+        return data[:size]
+
+    def send(self, query):
+        query = query[2:] if self.stream else query
+        when, pieces = self.case.now, []
+        for packet in self.case.replies(bytes(query)):
+            if self.stream and packet:
+                packet = struct.pack('>H', len(packet)) + packet
+                pieces += cut_at_random(self.chance, packet)
+            else:
+                pieces.append(packet)
+        for piece in pieces:
+            when += self.chance.choice((0, 0, 0, .3, 2))
+            if piece is None or piece or not self.stream:
+                self.coming.append([when, piece])
+        if self.stream and self.chance.random() < .5:
+            self.coming.append([when, b''])
+        return len(query)
+
+
+class FuzzResolver(qr.Resolver):
+    """A Resolver on such sockets."""
+
+    def _socket(self, server, kind, deadline):
+        sock = FuzzNameSocket(self.clock.__self__,
+                              kind == socket.SOCK_STREAM)
+        self.clock.__self__.sockets.append(sock)
+        self.open += 1
+        return sock
+        yield
+
+
+class FuzzLookup(FuzzClock):
+    """A few questions to name servers out of order."""
+
+    def replies(self, query):
+        """What comes back for a query; None is a refusal by ICMP."""
+        chance, end = self.chance, query.index(b'\0', 12) + 5
+        ident, = struct.unpack_from('>H', query)
+        qtype, = struct.unpack_from('>H', query, end - 4)
+        replies = []
+        for _ in range(chance.choice((0, 1, 1, 1, 1, 2))):
+            packet = random_answer(chance, ident, query[12:end], qtype)
+            if chance.random() < .5:
+                packet = mutated(chance, packet, 12)
+            if chance.random() < .05:
+                packet = chance.choice((b'', None, packet[:12]))
+            self.note(packet, query[12:end - 4], qtype)
+            replies.append(packet)
+        return replies
+
+    def note(self, packet, name, qtype):
+        self.log.append(packet)
+        if not packet or len(packet) < 12:
+            return
+        self.codes.add(packet[3] & 15)
+        try:
+            self.held += slow_values(packet, name.lower(), qtype)
+        except (ValueError, IndexError):
+            pass
+
+    def run(self):
+        chance, self.held, self.codes = self.chance, [], set()
+        self.sockets = []
+        config = qr.parse_resolv_conf(chance.choice(
+            (b'', b'options use-vc', b'options timeout:1 attempts:3')),
+            chance.choice((b'', b'10.0.0.1', b'10.0.0.1 ::1 10.0.0.3')))
+        questions = [(QUESTION_NAME, chance.choice((1, 15, 28)))
+                     for _ in range(chance.choice((1, 2)))]
+        resolver, start = FuzzResolver(config, self.wait, self.clock), self.now
+        lookups = resolver.ask(questions)
+        self.law(self.now - start <= config.attempts * config.timeout *
+                 len(config.servers), 'too long: %s' % (self.now - start))
+        self.law(resolver.open == 0 and all(
+            sock.closed for sock in self.sockets), 'sockets left open')
+        for lookup in lookups:
+            self.law(all(value in self.held for value in lookup.values),
+                     '%r, but the packets hold %r' % (
+                         lookup.values, self.held))
+            self.law(lookup.status != 'none' or 3 in self.codes,
+                     'no such name, says nobody')
+            self.law(lookup.status != 'ok' or self.codes & {0, 3},
+                     'an answer without NOERROR')
+        return lookups[0].status
+
+    def transcript(self):
+        return '\n'.join(packet.hex() if packet else repr(packet)
+                         for packet in self.log)
+
+
+# Control files
+
+CONTROL_EXAMPLES = (
+    b'inside.af.mil:firewall.af.mil:26\n.af.mil:\n:heaven.af.mil\n',
+    b':[2001:db8::1]:587|user|pass\nx.example:1.2.3.4;25|a|b|c:d\n',
+    b'@example.com|generic|passwd\nmail@example.com:[10.0.0.1]|t|p\n',
+    b'info@example.com:smtp.example.com:26|other|otherpw\n# no\n\n',
+    b'10.0.0.0/8\n10.1.0.0/255.255.0.0\n2001:db8::/32\n[::1]\n192.0.2.1',
+    b'1200\n', b'60 seconds', b'me.example \t\nmore\n',
+    b'nameserver 127.0.0.1\nnameserver fe80::1%1\r\noptions timeout:2 '
+    b'attempts:9 trust-ad use-vc\n')
+CONTROL_BYTES = b'\n\n::||..[]/;@%# \t\r\0abz0129-\xc3\xa9\xff'
+
+
+class FuzzControl(FuzzClock):
+    """One control file, taken for each of them."""
+
+    def run(self):
+        chance = self.chance
+        data = mutated(chance, chance.choice(CONTROL_EXAMPLES))
+        if chance.random() < .2:
+            data = bytes(chance.choice(CONTROL_BYTES)
+                         for _ in range(chance.choice((1, 10, 100))))
+        if chance.random() < .1:
+            data *= 20
+        self.data, good = data, []
+        for parse, check in (
+                (qr.parse_routes, self.check_routes),
+                (qr.parse_senders, self.check_routes),
+                (qr.parse_networks, self.check_networks),
+                (qr.parse_helohost, self.check_name)):
+            try:
+                value = parse(data)
+            except qr.Invalid:
+                continue
+            check(value)
+            good.append(parse.__name__[6:7])
+        self.law(1 <= qr.parse_number(data, 7) <= 86400, 'a number')
+        self.check_resolver(qr.parse_resolv_conf(data, data[:40]))
+        return '+'.join(good) or 'none'
+
+    def check_routes(self, routes):
+        for key, route in routes.items():
+            text = b''.join((route.relay or b'',) +
+                            (route.credentials or ()))
+            self.law(not re.search(b'[\r\n\0]', text), 'CR, LF or NUL')
+            self.law(route.port is None or 1 <= route.port <= 65535, 'port')
+            self.law(route.credentials is None or all(route.credentials),
+                     'half a password')
+            self.law(not route.relay or (
+                qr.literal(route.relay) or qr.wire_name(route.relay)),
+                'a relay that is no host')
+            own = qr.choose_route(key, key, control_files(
+                smtproutes={}, authsenders=routes))
+            self.law(own.relay or own.credentials is None, 'for nobody')
+
+    def check_networks(self, networks):
+        for address, mask in networks:
+            self.law(len(address) == len(mask) in (4, 16), 'lengths')
+        qr.in_networks(b'10.0.0.1', networks)
+
+    def check_name(self, name):
+        self.law(name and not re.search(b'[\r\n\0]', name), 'a name')
+
+    def check_resolver(self, config):
+        self.law(1 <= len(config.servers) <= 3 and
+                 1 <= config.timeout <= 30 and 1 <= config.attempts <= 5,
+                 'resolv.conf')
+
+    def transcript(self):
+        return repr(self.data)
+
+
+# Addresses and host names
+
+ADDRESS_BYTES = b'ab.@@"\\<> \t\r\n\0(),:;[]\x7f\xc3\xa9\xff-_1'
+
+
+def read_path(path):
+    """The address in a path (RFC 5321 4.1.2), its quotes taken off.  Raises
+    ValueError."""
+    if b'@' not in path and not re.search(br'[\0- \x7f<>]', path):
+        return path
+    if path.startswith(b'"'):
+        quoted = re.match(br'"((?:[^"\\\r\n\0]|\\[^\r\n\0])*)"@', path)
+        if not quoted:
+            raise ValueError('quotes')
+        box = re.sub(br'(?s)\\(.)', br'\1', quoted.group(1))
+        domain = path[quoted.end():]
+    else:
+        box, at, domain = path.partition(b'@')
+        if not all(re.fullmatch(br'[^\0- \x7f"(),:;<>@[\\\]]+', atom)
+                   for atom in box.split(b'.')):
+            raise ValueError('local part')
+    if re.search(br'[\0- \x7f<>@]', domain):
+        raise ValueError('domain')
+    return box + b'@' + domain
+
+
+class FuzzAddress(FuzzClock):
+    """One address, which may be a host, too."""
+
+    def run(self):
+        chance = self.chance
+        alphabet = ADDRESS_BYTES if chance.random() < .5 else bytes(
+            range(256)) if chance.random() < .3 else b'ab.@-1[]:"\xc3\xa9'
+        self.text = text = bytes(chance.choice(alphabet) for _ in range(
+            chance.choice((0, 1, 3, 8, 8, 20, 70, 300))))
+        self.hold_host(text)
+        self.hold_host(text.rpartition(b'@')[2])
+        path = qr.envelope_address(text)
+        if path is None:
+            box, at, domain = text.rpartition(b'@')
+            self.law(re.search(b'[\r\n\0]', text) or
+                     re.search(br'[\0- \x7f<>]', domain), 'refused')
+            return 'refused'
+        self.law(not re.search(b'[\r\n\0]', path), 'CR, LF or NUL')
+        try:
+            back = read_path(path)
+        except ValueError as error:
+            raise Violation('%r is no path: %s' % (path, error))
+        self.law(back == text, '%r comes back as %r' % (path, back))
+        return 'sent'
+
+    def hold_host(self, host):
+        address, name = qr.literal(host), qr.wire_name(host)
+        if address is not None:
+            self.law(qr.canonical(address) == address, 'not canonical')
+        if name is not None:
+            labels, end = slow_name(bytes(12) + name, 12)
+            self.law(end == 12 + len(name) and slow_wire(labels) == name and
+                     all(labels), 'no name')
+            text = qr.host_name(name)
+            self.law(text is None or
+                     re.fullmatch(br'[a-z0-9_.-]+', text), 'no host name')
+
+    def transcript(self):
+        return repr(self.text)
+
+
+# The command and the tests
+
+FUZZ = collections.OrderedDict((
+    ('scripts', FuzzCase), ('answers', FuzzAnswer), ('lookups', FuzzLookup),
+    ('messages', FuzzWire), ('control', FuzzControl),
+    ('addresses', FuzzAddress)))
+
+
+class Fuzzer:
+    """Runs cases of each kind and counts their outcomes."""
+
+    LIMIT = 20                  # seconds for a case, on the real clock
+
+    def __init__(self, seed):
+        self.seed, self.messages = seed, FuzzMessages()
+        self.counts = {kind: collections.Counter() for kind in FUZZ}
+        self.taken = {kind: 0.0 for kind in FUZZ}
+
+    def case(self, kind, number):
+        chance = random.Random('%s %s %d' % (self.seed, kind, number))
+        make = FUZZ[kind]
+        return make(chance, self.messages) if make is FuzzCase \
+            else make(chance)
+
+    def one(self, kind, number):
+        """Runs one case.  Raises Violation with all that there is to know."""
+        case = self.case(kind, number)
+        signal.alarm(self.LIMIT)
+        try:
+            self.counts[kind][case.run()] += 1
+        except Exception as error:
+            what = str(error) if isinstance(error, Violation) else \
+                traceback.format_exc()
+            raise Violation('SEED=%s KIND=%s CASE=%d: %s\n%s' % (
+                self.seed, kind, number, what, case.transcript()))
+        finally:
+            signal.alarm(0)
+
+    @staticmethod
+    def hangs(*_):
+        raise Violation('a case that does not end')
+
+    def some(self, kind, start, count, seconds=FOREVER):
+        """Up to count cases, no longer than seconds; where it stopped."""
+        begun = time.monotonic()
+        before = signal.signal(signal.SIGALRM, self.hangs)
+        try:
+            for number in range(start, start + count):
+                self.one(kind, number)
+                if number % 16 == 0 and time.monotonic() - begun >= seconds:
+                    break
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            self.taken[kind] += time.monotonic() - begun
+        return number + 1
+
+    def summary(self):
+        for kind, counts in self.counts.items():
+            total = sum(counts.values())
+            if total:
+                yield '%-10s %8d in %5d s, %5d a second: %s' % (
+                    kind, total, self.taken[kind],
+                    total / (self.taken[kind] or 1), ', '.join(
+                        '%s %d' % pair for pair in counts.most_common(8)))
+
+
+def fuzz():
+    """The command: whether all went well."""
+    get = os.environ.get
+    seed = get('SEED') or str(int.from_bytes(os.urandom(3), 'big'))
+    seconds, count = float(get('SECONDS') or 60), int(get('COUNT') or 0)
+    kinds = get('KIND').split() if get('KIND') else list(FUZZ)
+    fuzzer, end = Fuzzer(seed), time.monotonic() + seconds
+    print('SEED=%s' % seed, flush=True)
+    try:
+        if get('CASE'):
+            case = fuzzer.case(kinds[0], int(get('CASE')))
+            try:
+                print(case.run())
+            finally:
+                print(case.transcript())
+            return True
+        at = dict.fromkeys(kinds, 0)
+        while kinds and time.monotonic() < end:
+            for kind in list(kinds):
+                most = count - at[kind] if count else 1 << 60
+                share = 3 if kind == 'scripts' else 1
+                at[kind] = fuzzer.some(kind, at[kind], most, share)
+                if count and at[kind] >= count:
+                    kinds.remove(kind)
+    except Violation as violation:
+        print('VIOLATION\n%s' % violation)
+        return False
+    finally:
+        print('\n'.join(fuzzer.summary()), flush=True)
+    return True
+
+
+class Fuzzing(unittest.TestCase):
+    """A little of it in every run: one seed that never changes, and one
+    that always does, named if something fails."""
+
+    def fuzz(self, kind, count, seconds):
+        for seed in '1', str(int.from_bytes(os.urandom(3), 'big')):
+            fuzzer = Fuzzer(seed)
+            try:
+                fuzzer.some(kind, 0, count, seconds)
+            except Violation as violation:
+                self.fail(str(violation))
+            finally:
+                fuzzer.messages.close()
+
+    def test_scripts(self):
+        self.fuzz('scripts', 3000, 2)
+
+    def test_answers(self):
+        self.fuzz('answers', 4000, .5)
+
+    def test_lookups(self):
+        self.fuzz('lookups', 2000, .5)
+
+    def test_messages(self):
+        self.fuzz('messages', 2000, .5)
+
+    def test_control_files(self):
+        self.fuzz('control', 1500, .4)
+
+    def test_addresses(self):
+        self.fuzz('addresses', 5000, .4)
+
+
 # ------------------------------------------------------------ Dialogues
 
 IP = '127.0.0.1'
@@ -5883,6 +7431,312 @@ class Process(unittest.TestCase):
                 with Hanging([sys.executable, '-IS', PROGRAM]) as hanging:
                     hanging.child.send_signal(number)
                     self.assertEqual(hanging.verdict(), ('Z', b''))
+
+
+# ------------------------------------------------------------ Fault matrix
+# Faults that no dialogue above has, one a line, through the real process;
+# each run ends within the bound that the timeouts give.
+
+def bound(servers=1, replies=4, recipients=1, parts=1, seconds=5, connect=5,
+          dns=0):
+    """README, section 6, and two seconds for Python to start."""
+    return (dns + servers * (connect + replies * seconds)
+            + (recipients + parts + 2) * seconds + 2)
+
+
+class AuthFaults(Dialogues):
+    """Each fault at each step of AUTH.  None is the mail's fault, and none
+    may make the program try another method or another server."""
+
+    ROUTE = b':127.0.0.1:PORT|joe-user|secret-word'
+    START = 'S: 220 fake\nC: EHLO me.example\nS: 250-fake\nS: 250 AUTH '
+    STEPS = {
+        'PLAIN': 'PLAIN\nC: AUTH PLAIN *\n',
+        'PLAIN again': 'PLAIN\nC: AUTH PLAIN *\nS: 334 \nC: *\n',
+        'LOGIN': 'LOGIN\nC: AUTH LOGIN\n',
+        'username': 'LOGIN\nC: AUTH LOGIN\nS: 334 x\nC: *\n',
+        'password': 'LOGIN\nC: AUTH LOGIN\nS: 334 x\nC: *\nS: 334 y\nC: *\n',
+        'CRAM-MD5': 'CRAM-MD5\nC: AUTH CRAM-MD5\n',
+        'digest': 'CRAM-MD5\nC: AUTH CRAM-MD5\nS: 334 PDEuMkB4Pg==\nC: *\n'}
+    FAULTS = [
+        ('close', 'close'), ('reset', 'reset'), ('letters', 'S: hello'),
+        ('two digits', 'S: 23'), ('1xx', 'S: 100 wait'),
+        ('NULs', r's: \0\0\0\r\n'), ('600', 'S: 600 ok'),
+        ('another code below', 'S: 235-ok\nS: 535 no')]
+    CODES = ('200', '250', '354', '421', '432', '454', '500', '501', '530',
+             '535', '538', '550', '599')
+    SECRETS = ('secret-word', 'c2VjcmV0LXdvcmQ')
+
+    def options(self, **control):
+        control.setdefault('smtproutes', self.ROUTE)
+        return {'control': control, 'secrets': self.SECRETS,
+                'within': bound(replies=8, seconds=int(
+                    control.get('timeoutremote', 5)))}
+
+    def test_no_reply(self):
+        """Every fault at one step, every step with some faults."""
+        self.play(
+            row('%s: %s' % (step, title),
+                self.START + before + fault + '\nQ:', DIED, **self.options())
+            for i, (step, before) in enumerate(self.STEPS.items())
+            for j, (title, fault) in enumerate(self.FAULTS)
+            if (i + j) % 4 == 0 or os.environ.get('THOROUGH'))
+
+    def test_silence(self):
+        self.play((row('%s: %s' % (step, fault),
+                       self.START + self.STEPS[step] + fault, DIED,
+                       **self.options(timeoutremote=b'1'))
+                   for step, fault in [
+                       ('PLAIN', 'hang'), ('digest', 'hang'),
+                       ('username', 'drip: 334 a long challenge')]),
+                  workers=3)
+
+    def test_refusals(self):
+        """Z, whatever the code, with the words of the server."""
+        self.play(
+            row('%s: %s' % (step, code), self.START + self.STEPS[step]
+                + 'S: %s no: secret-word, c2VjcmV0LXdvcmQ=\nQ:' % code,
+                Like('ZConnected to 127.0.0.1 but authentication was '
+                     'rejected (', 'Remote host said: %s no: ***' % code),
+                **self.options())
+            for i, step in enumerate(self.STEPS)
+            for j, code in enumerate(self.CODES)
+            if (i + j) % 7 == 0 or os.environ.get('THOROUGH'))
+
+    def test_challenges(self):
+        """What is no base64, and what is too long."""
+        for_long = 's: 334 \nfill: QUFB x350000\nS: '
+        self.play(row('challenge: ' + title, self.START
+                      + self.STEPS['CRAM-MD5'] + challenge + '\nC: *\nQ:',
+                      Like('ZConnected to 127.0.0.1 but unable to '
+                           'base64decode challenge.\n', most=5200),
+                      **self.options())
+                  for title, challenge in [
+                      ('no base64', 'S: 334 !!!!'), ('half', 'S: 334 PDEu='),
+                      ('inner blanks', 'S: 334 PDEu MkB4Pg=='),
+                      ('1 MB', for_long)])
+
+
+class RecipientMixes(Dialogues):
+    """Four recipients; the dialogues have one to three."""
+
+    REPLIES = {'r': '250 ok', 's': '450 later', 'h': '550 no'}
+    FOUR = ['r%d@there.example' % i for i in range(4)]
+
+    def report(self, kind):
+        return 'r' if kind == 'r' else (
+            kind + '127.0.0.1 does not like recipient.\n'
+            'Remote host said: %s\n' % self.REPLIES[kind])
+
+    def test_four(self):
+        mixes = list(itertools.product('rsh', repeat=4))
+        if not os.environ.get('THOROUGH'):
+            mixes = mixes[::5]
+        self.play(self.mix(mix) for mix in mixes)
+
+    def mix(self, mix):
+        script = TO_RCPT[:-len(RCPT)] + ''.join(
+            'C: RCPT TO:<%s>\nS: %s\n' % (recipient, self.REPLIES[kind])
+            for recipient, kind in zip(self.FOUR, mix))
+        last = '%sGiving up on 127.0.0.1.\n' % ('Z' if 's' in mix else 'D')
+        if 'r' in mix:
+            script += 'C: DATA\nS: 354 go\nD:\nS: 250 queued\n'
+            last = ACCEPTED
+        return row('recipients ' + ''.join(mix), script + 'Q:',
+                   *[self.report(kind) for kind in mix] + [last],
+                   recipients=self.FOUR, within=bound(recipients=4))
+
+
+class DnsFaults(Dialogues):
+    """Answers that are none.  Each is told apart by what becomes of the
+    mail: it waits, goes out, or bounces for what DNS really said."""
+
+    MX, A = (HOST, 'MX'), (HOST, 'A')
+    NO_ADDRESS = ("DSorry, I couldn't find a mail exchanger or IP address. "
+                  "(#5.4.4)\n")
+    POINTER = b'\xc0\x0c'               # to the name in the question
+
+    @staticmethod
+    def says(*records, flags=0x8180, count=None):
+        """An override that answers with these records, wire bytes."""
+        def answer(query, question, via):
+            reply = dns_message(question, records, flags)
+            if count is not None:
+                reply = reply[:6] + struct.pack('!H', count) + reply[8:]
+            return [reply]
+        return answer
+
+    @classmethod
+    def record(cls, kind, data, owner=POINTER, size=None):
+        return owner + struct.pack('!HHIH', DNS_TYPES[kind], 1, 300,
+                                   len(data) if size is None else size) + data
+
+    def soft(self, title, answer, asked=MX):
+        return row('for now: ' + title, {'127.0.0.2': []}, NO_HOST_NOW,
+                   records={self.A: ['127.0.0.2']} if asked == self.MX
+                   else {(HOST, 'TXT'): [b'\1x']}, local=True,
+                   overrides={asked: answer},
+                   within=bound(dns=20))
+
+    def test_malformed(self):
+        """Every name server says so: Z, and no A instead of MX."""
+        mx, a = self.record('MX', b'\0\1\1x\0'), b'\x7f\0\0\2'
+        self.play([
+            self.soft('MX of two bytes',
+                      self.says(self.record('MX', b'\0\1'))),
+            self.soft('MX with bytes behind',
+                      self.says(self.record('MX', b'\0\1\1x\0more'))),
+            self.soft('a label of type 0x40',
+                      self.says(self.record('MX', b'\0\1\x41x\0'))),
+            self.soft('a pointer to itself',
+                      self.says(self.record('MX', b'\0\1\xc0\x2d'))),
+            self.soft('a pointer forward',
+                      self.says(self.record('MX', b'\0\1\xc0\xff'))),
+            self.soft('a pointer into the header',
+                      self.says(self.record('MX', b'\0\1\xc0\x02'))),
+            self.soft('a name of 256 bytes', self.says(self.record(
+                'MX', b'\0\1' + (b'\x3f' + b'x' * 63) * 4 + b'\0'))),
+            self.soft('a record past the end',
+                      self.says(self.record('MX', b'\0\1\1x\0', size=99))),
+            self.soft('more records promised', self.says(mx, count=2)),
+            self.soft('very many promised', self.says(mx, count=65535)),
+            self.soft('A of three bytes',
+                      self.says(self.record('A', a[:3])), self.A),
+            self.soft('A of five bytes',
+                      self.says(self.record('A', a + b'\0')), self.A),
+            self.soft('AAAA of 17 bytes', self.says(
+                self.record('AAAA', bytes(17))), (HOST, 'AAAA'))])
+
+    def test_codes(self):
+        """Only NOERROR and NXDOMAIN are answers; lame is none."""
+        self.play(self.soft('rcode %d' % code, {'rcode': code})
+                  for code in (1, 2, 4, 5, 15))
+        self.play([self.soft('lame', self.says(flags=0x8000)),
+                   self.soft('TCP closed at once', self.over_tcp(None)),
+                   self.soft('TCP of length 0',
+                             self.over_tcp(Unframed(b'\0\0'), None)),
+                   self.soft('TCP, closed after the length',
+                             self.over_tcp(Unframed(b'\0\x50'), None))])
+
+    def over_tcp(self, *replies):
+        """An override that truncates, and then answers so over TCP."""
+        truncated = self.says(flags=0x8380)
+
+        def answer(query, question, via):
+            return list(replies) if via == 'tcp' else \
+                truncated(query, question, via)
+        return answer
+
+    def good(self, title, overrides, records=None, **options):
+        return row(title, {'127.0.0.2': ACCEPT}, 'r', ACCEPTED.replace(
+            IP, '127.0.0.2'), records=records or {
+                self.A: ['127.0.0.2']}, overrides=overrides,
+            within=bound(dns=20), **options)
+
+    def test_what_does_not_count(self):
+        """Foreign owners; aliases in any order; ten links and eleven."""
+        lie = self.record('MX', b'\0\1\1x\0', dns_name('other.example'))
+        name = dns_name
+        chain = [self.record('CNAME', name('c%d.example' % (i + 1)),
+                             name('c%d.example' % i if i else HOST))
+                 for i in range(11)]
+
+        def aliases(links):
+            end = self.record('A', b'\x7f\0\0\2',
+                              name('c%d.example' % links))
+            return self.says(*[end] + chain[:links][::-1])
+        self.play([
+            self.good('a foreign exchanger', {self.MX: self.says(lie)}),
+            self.good('ten aliases, backwards', {
+                self.MX: self.says(), self.A: aliases(10)}),
+            self.soft('eleven aliases', aliases(11), self.A),
+            row('a foreign address', {'127.0.0.2': []}, self.NO_ADDRESS,
+                records={(HOST, 'TXT'): [b'\1x']}, local=True,
+                overrides={self.A: self.says(self.record(
+                    'A', b'\x7f\0\0\2', name('other.example')))},
+                within=bound(dns=20))])
+
+    def test_many_exchangers(self):
+        """120 of them, two that answer; and all in one stage."""
+        records = {self.MX: [(i, 'm%d.example' % i) for i in range(120)]}
+        records.update({('m%d.example' % i, 'TXT'): [b'\1x']
+                        for i in range(120)})
+        records['m7.example', 'A'] = ['127.0.0.2']
+        self.play([self.good('120 exchangers', {}, records)])
+
+    def test_addresses_that_nobody_has(self):
+        """Multicast and broadcast can be nobody's server: Z."""
+        self.play(row('A ' + address, {'127.0.0.2': []}, UNREACHED, records={
+            self.A: [address]}, within=bound(dns=20))
+                  for address in ('255.255.255.255', '224.0.0.1'))
+        self.play(row('A ' + address, {'127.0.0.2': []}, OWN, records={
+            self.A: [address]}, control={'notipme': None}, local=True,
+            within=bound(dns=20)) for address in ('0.0.0.0', '127.0.0.2'))
+
+    def test_name_servers(self):
+        """The first refuses, or has nothing but nonsense."""
+        with FakeDNS({self.A: ['127.0.0.2']}) as good, \
+                FakeDNS(overrides={(HOST, '*'): {'rcode': 5}}) as bad:
+            self.play(self.good(title, {}, env={
+                'DNSCACHEIP': '%s %s' % (first, good.dns)})
+                for title, first in (('nobody listens', '127.0.0.1:1'),
+                                     ('REFUSED', bad.dns),
+                                     ('no address', 'nonsense')))
+
+
+class OtherFaults(Dialogues):
+    """Arguments, control files and tcpto."""
+
+    def test_arguments(self):
+        no_host = "DSorry, I couldn't find any host named %s. (#5.1.2)\n"
+        many = ['r%d@there.example' % i for i in range(5000)]
+        self.play([
+            row('a@', ACCEPT.replace('one@there.example', 'a@'), 'r',
+                ACCEPTED, recipients=['a@'], within=bound()),
+            row('an empty recipient', {'127.0.0.2': []},
+                Like('h', '#5.1.3'), Like('D'), recipients=[''], local=True,
+                within=bound()),
+            row('5,000 recipients', TO_RCPT[:-len(RCPT)] + ''.join(
+                'C: RCPT TO:<%s>\nS: 250 ok\n' % x for x in many)
+                + 'C: DATA\nS: 354 go\nD:\nS: 250 queued\nQ:',
+                *['r'] * 5000 + [ACCEPTED], recipients=many)]
+            + [row('host ' + host, {'127.0.0.2': []}, no_host % host,
+                   host=host, local=True, within=bound(dns=20))
+               for host in ('1.2.3.4.', '_x', '[1.2.3.4', '1.2.3.4]',
+                            '[IPv6:1.2.3.4]', '[::1%lo]')])
+
+    def test_control_files(self):
+        here = b':127.0.0.1:PORT\n'
+        k = ['r', ACCEPTED]
+        self.play(
+            [row('%s %r' % (name, data), ACCEPT, *k, control={name: data},
+                 within=bound()) for name, data in [
+                     ('smtproutes', b'other.example:\n' + here),
+                     ('smtproutes', b'# one\n\n \t\n' + here[:-1]),
+                     ('moreipme', b'# nothing\n'), ('notipme', b''),
+                     ('authsenders', b'x@y:\n')]]
+            + [row('%s %r' % (name, data), [], NO_CONTROL,
+                   control={name: data}, within=bound()) for name, data in [
+                       ('moreipme', b'10.0.0\n'), ('notipme', b'x\n'),
+                       ('notipme', b'10.0.0.0/33\n'), ('moreipme', b'\0'),
+                       ('smtproutes', here + b'x:[::1\n'),
+                       ('smtproutes', here + b'x:a..b\n'),
+                       ('smtproutes', here + b'x:' + b'y' * 64 + b'\n')]])
+
+    def test_tcpto(self):
+        """Locked by another process, or absent: mail goes all the same."""
+        for title in 'locked', 'absent':
+            with self.subTest(title), FakeSMTP(ACCEPT) as server, \
+                    Home(smtproutes=b':' + server.address.encode()) as home:
+                with open(home.tcpto, 'r+b') as table:
+                    fcntl.flock(table, fcntl.LOCK_EX)
+                    if title == 'absent':
+                        os.unlink(home.tcpto)
+                    outcome = run_program(home, HOST, SENDER, RECIPIENTS[0],
+                                          timeout=bound())
+                self.assertEqual([b'r', ACCEPTED.encode()], outcome.reports)
+                self.assertEqual(title == 'locked',
+                                 os.path.exists(home.tcpto))
 
 
 # -------------------------------------------------- Start and installation
@@ -10046,8 +11900,8 @@ class Bench:
             'round trips from\nSYN to the last reply: the wall less that '
             'without the distance, plus one for the\nTCP handshake, which '
             'no program can hold back'
-            % (2e3 * HALF_TRIP, trip * 1e3), ['recipients', 'rounds', 'wall ms',
-                             'round trips', 'to reach'])
+            % (2e3 * HALF_TRIP, trip * 1e3),
+            ['recipients', 'rounds', 'wall ms', 'round trips', 'to reach'])
         ours = [('ours', self.qmail(self.ours))]
         for place, limit in (('data', 5), ('chunk', 4)):
             for count in 1, 100:
@@ -10206,6 +12060,6 @@ def bench():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:] in (['demo'], ['bench']):
+    if sys.argv[1:] in (['demo'], ['bench'], ['fuzz']):
         sys.exit(0 if globals()[sys.argv[1]]() else 1)
     unittest.main()
