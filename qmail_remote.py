@@ -945,8 +945,9 @@ class DnsConfig(Value):
 class Lookup(Value):
     """What became of a question.  status: OK (values may be empty: the name
     has none), NONE (there is no such name) or SOFT (unknown for now);
-    authentic: validated by a server that we may believe."""
-    __slots__ = ('status', 'values', 'authentic')
+    authentic: validated by a server that we may believe; name: where the
+    CNAMEs from the name led."""
+    __slots__ = ('status', 'values', 'authentic', 'name')
     OK, NONE, SOFT = 'ok', 'none', 'soft'
 
 
@@ -1066,7 +1067,7 @@ class Resolver:
         config, links, authentic = self.config, 0, True
         end = self.clock() + \
             config.attempts * len(config.servers) * config.timeout
-        soft = Lookup(Lookup.SOFT, [], False)
+        soft = Lookup(Lookup.SOFT, [], False, name)
         try:
             while True:
                 answer = yield from self._any_server(name, qtype, end)
@@ -1078,11 +1079,11 @@ class Resolver:
                 if links > DNS_LINKS_MAX:
                     raise Malformed('CNAME chain')
                 if values:
-                    return Lookup(Lookup.OK, values, authentic)
+                    return Lookup(Lookup.OK, values, authentic, name)
                 if answer.rcode == NXDOMAIN:
-                    return Lookup(Lookup.NONE, [], authentic)
+                    return Lookup(Lookup.NONE, [], authentic, name)
                 if answer.final or not more:
-                    return Lookup(Lookup.OK, [], authentic)
+                    return Lookup(Lookup.OK, [], authentic, name)
         except Malformed:       # a chain without end: somebody's slip
             return soft
 
@@ -1227,15 +1228,16 @@ def raise_error_of(sock):
 
 class Server(Value):
     """A place to try: IP address (bytes), port, the exchanger's or relay's
-    name (bytes; the address, if it has no host name), and its TLSA records
-    (a list, empty without DANE; None: not known for now)."""
-    __slots__ = ('address', 'port', 'name', 'tlsa')
+    name (bytes; the address, if it has no host name), its TLSA records (a
+    list, empty without DANE; None: not known for now) and the name that has
+    them, which differs if name is an alias."""
+    __slots__ = ('address', 'port', 'name', 'tlsa', 'tlsa_name')
 
 
 class Exchanger(Value):
     """preference, name (wire form; None: a literal), addresses (in the
-    order to try them), tlsa as in Server."""
-    __slots__ = ('preference', 'name', 'addresses', 'tlsa')
+    order to try them), tlsa as in Server, and its name in wire form."""
+    __slots__ = ('preference', 'name', 'addresses', 'tlsa', 'tlsa_name')
 
 
 def choose_route(host, sender, control):
@@ -1283,7 +1285,7 @@ def find_servers(host, route, resolver, own):
     missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
     address = literal(target)
     if address is not None:
-        found, soft = [Exchanger(0, None, [address], [])], []
+        found, soft = [Exchanger(0, None, [address], [], None)], []
     else:
         name = wire_name(target)
         if name is None:
@@ -1306,7 +1308,7 @@ def find_servers(host, route, resolver, own):
                 seen.add(address)
                 servers.append(Server(
                     address, port, host_name(exchanger.name) or address,
-                    exchanger.tlsa))
+                    exchanger.tlsa, host_name(exchanger.tlsa_name)))
     return servers[:SERVERS_MAX], bool(soft or servers[SERVERS_MAX:])
 
 
@@ -1338,29 +1340,53 @@ def find_addresses(exchangers, resolver, tlsa_port):
     records are asked for, too."""
     asked = [(preference, name) for preference, name in exchangers
              if literal_target(name) is None]
-    found = [Exchanger(preference, None, [literal_target(name)], [])
+    found = [Exchanger(preference, None, [literal_target(name)], [], None)
              for preference, name in exchangers
              if literal_target(name) is not None]
     questions = [(name, qtype) for _, name in asked for qtype in (A, AAAA)]
     if tlsa_port:
-        prefix = b'_%d' % tlsa_port
-        prefix = bytes((len(prefix),)) + prefix + b'\4_tcp'
-        questions += [(prefix + name, TLSA) for _, name in asked
-                      if len(prefix + name) <= DNS_NAME_MAX]
+        questions += tlsa_questions(tlsa_port, [name for _, name in asked])
     lookups = dict(zip(questions, resolver.ask(questions)))
+    if tlsa_port:               # a second stage, if there are aliases
+        questions = tlsa_questions(
+            tlsa_port, {lookup.name for (name, qtype), lookup in
+                        lookups.items() if qtype != TLSA and lookup.authentic
+                        and lookup.values and lookup.name != name})
+        lookups.update(zip(questions, resolver.ask(questions)))
     soft, exists = [], False
     for preference, name in asked:
         pair = [lookups[name, A], lookups[name, AAAA]]
         addresses = [address for lookup in pair
                      for address in shuffled(lookup.values)[:ADDRESSES_MAX]]
         if addresses:
-            tlsa = lookups.get((prefix + name, TLSA)) if tlsa_port else None
             found.append(Exchanger(preference, name, addresses,
-                                   dane_records(pair, tlsa)))
+                                   *find_tlsa(name, pair, tlsa_port,
+                                              lookups)))
         if any(lookup.status == Lookup.SOFT for lookup in pair):
             soft.append(preference)
         exists = exists or any(lookup.status == Lookup.OK for lookup in pair)
     return found, soft, exists
+
+
+def tlsa_questions(port, names):
+    """What to ask for the TLSA records of names (RFC 6698 3)."""
+    prefix = b'_%d' % port
+    prefix = bytes((len(prefix),)) + prefix + b'\4_tcp'
+    return [(prefix + name, TLSA) for name in names
+            if len(prefix + name) <= DNS_NAME_MAX]
+
+
+def find_tlsa(name, addresses, port, lookups):
+    """(the TLSA records of an exchanger as in Server, the name that has
+    them): of the name that an alias stands for before the alias itself
+    (RFC 7672 2.2.2)."""
+    for base in [lookup.name for lookup in addresses
+                 if lookup.values and lookup.name != name] + [name]:
+        for question in tlsa_questions(port, [base]) if port else ():
+            records = dane_records(addresses, lookups.get(question))
+            if records is None or records:
+                return records, base
+    return [], name
 
 
 def dane_records(addresses, tlsa):
@@ -2596,7 +2622,9 @@ class Session:
     def secure(self, context):
         """The handshake, with the check of the certificate."""
         name = self.server.name
-        if canonical(name) and self.tls.check == TlsPolicy.NOTHING:
+        if self.tls.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+            name = self.server.tlsa_name
+        elif canonical(name) and self.tls.check == TlsPolicy.NOTHING:
             name = None                     # RFC 6066 3: no address in SNI
         self.line.start_tls(context, name, self.timeout, self.judge)
 

@@ -4001,7 +4001,7 @@ class Trying(Tables):
                     return outcome
                 with self.assertRaises(qr.NextServer) as caught:
                     qr.try_server(
-                        qr.Server(b'192.0.2.1', 26, b'h', []),
+                        qr.Server(b'192.0.2.1', 26, b'h', [], None),
                         qr.Route(None, None, None),
                         value_of(qr.Envelope, sender=b'', recipients=[b'a']),
                         control_files(), value_of(
@@ -4783,15 +4783,15 @@ class FuzzCase(FuzzClock):
     def lookup(self, name, qtype):
         if self.chance.random() < .01:
             self.dns_soft = True
-            return qr.Lookup(qr.Lookup.SOFT, [], False)
+            return qr.Lookup(qr.Lookup.SOFT, [], False, name)
         if qtype == qr.MX:
             return qr.Lookup(qr.Lookup.OK, [
                 (10 * index, b'\3mx%d\0' % index)
-                for index in range(1, self.count + 1)], False)
+                for index in range(1, self.count + 1)], False, name)
         index = name[3:4] if name.startswith(b'\3mx') else b'1'
         values = {b'2': [b'2001:db8::2'] if qtype == qr.AAAA else []}.get(
             index, [b'10.0.0.' + index] if qtype == qr.A else [])
-        return qr.Lookup(qr.Lookup.OK, values, False)
+        return qr.Lookup(qr.Lookup.OK, values, False, name)
 
     @staticmethod
     def own(address):
@@ -8942,7 +8942,7 @@ class TlsTables(Tables):
 
     def test_dane_records(self):
         def lookup(values=(), authentic=True, status=qr.Lookup.OK):
-            return qr.Lookup(status, list(values), authentic)
+            return qr.Lookup(status, list(values), authentic, b'')
         a, none = lookup([b'192.0.2.1']), lookup()
         guessed = lookup([b'192.0.2.1'], False)
         records = [tlsa(3, 1, 1, 'relay')]
@@ -9150,7 +9150,7 @@ class TlsDamage(unittest.TestCase):
                 raise qr.TimedOut()
         session = qr.Session(
             qr.Line(server, wait, lambda: 0),
-            qr.Server(b'127.0.0.1', 465, b'relay.example', []),
+            qr.Server(b'127.0.0.1', 465, b'relay.example', [], None),
             control_files(), qr.Envelope(b'a@here.example', [b'b@x.example']),
             None, None, policy, lambda policy: qr.tls_context(
                 policy, qr.TlsControl(None, False, None, b'')))
@@ -9830,6 +9830,42 @@ class Dane(Dialogues):
                           tlsa(3, 1, 1, 'self'), tlsa(1, 1, 1, 'relay')],
                       self.NO_MATCH)]
         self.play(rows)
+
+    def alias(self, title, script, at_target, at_alias, *reports, **options):
+        """A row whose exchanger is an alias, with these TLSA records."""
+        target = 'mail.dane.example'
+        options = signed(at_alias, **options)
+        zone = options['records']
+        zone[target, 'A'] = zone.pop((MX1, 'A'))
+        zone[MX1, 'CNAME'] = [target]
+        if at_target:
+            zone['_25._tcp.' + target, 'TLSA'] = at_target
+        for name in (target, '_25._tcp.' + target):
+            options['overrides'].setdefault((name, '*'), {'ad': True})
+        return row(title, {self.FIRST: script}, *reports, **options)
+
+    def test_aliases(self):
+        """The records of the name that an alias stands for come first, and
+        then it is that name that is asked for and checked (RFC 7672 2.2.2).
+        """
+        right, wrong = tlsa(3, 1, 1, 'relay'), tlsa(3, 1, 1, 'self')
+        target = 'name=mail.dane.example'
+        soft = {('_25._tcp.mail.dane.example', '*'): {'rcode': 2}}
+        self.play([
+            self.alias('at the target', over_tls('relay ' + target),
+                       [right], [], 'r', self.GOOD),
+            self.alias('at the alias', over_tls('relay name=' + MX1),
+                       [], [right], 'r', self.GOOD),
+            self.alias('at both', over_tls('relay ' + target),
+                       [right], [wrong], 'r', self.GOOD),
+            self.alias('at the target, wrong', self.looked_at('relay'),
+                       [wrong], [right], self.NO_MATCH),
+            self.alias('usage 2 at the target',
+                       [self.looked_at('relay+ca'),
+                        over_tls('relay+ca ' + target)],
+                       [tlsa(2, 0, 0, 'ca')], [], 'r', self.GOOD),
+            self.alias('for now unknown at the target', None,
+                       [right], [], Like('Z', 'TLSA'), overrides=soft)])
 
     def test_usage_2(self):
         """An issuer: two connections, the second with it as the only
