@@ -40,9 +40,11 @@ bench:
 
 # The installed file names its interpreter by an absolute path, and has been
 # run by it before it takes the place of another.  The bytecode is only for
-# this very file (time and size) and this very Python.
+# this very file (time and size) and this very Python.  umask: qmailr has to
+# reach all of it, and qmail bounces mail if it cannot.
 install:
-	mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(LIBDIR)'
+	umask 022; mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(LIBDIR)'
+	umask 022; \
 	python=$$($(PYTHON) -ISc 'import sys; print(sys.executable)') && \
 	here=$$(pwd) && cd '$(DESTDIR)$(LIBDIR)' && case "$$python" in /*) ;; *) exit 1 ;; esac && \
 	sed -e "s|^LC_ALL=C python3 |LC_ALL=C $$python |" \
@@ -56,6 +58,7 @@ install:
 	    dfile="$(LIBDIR)/qmail_remote.py", doraise=True)' && \
 	chmod 644 __pycache__/qmail_remote.*
 	ln -sf '$(LIBDIR)/qmail_remote.py' '$(DESTDIR)$(BINDIR)/qmail_remote.py'
+	@echo 'Now let qmailr run it, before qmail does: README, section 3.'
 
 uninstall:
 	rm -f '$(DESTDIR)$(BINDIR)/qmail_remote.py'

@@ -7838,7 +7838,13 @@ class Start(unittest.TestCase):
         with Home() as home:
             command = ['make', '-s', '-C', HERE, 'PREFIX=' + prefix,
                        'PYTHON=' + sys.executable, 'QMAIL_HOME=' + home.path]
-            subprocess.check_call(command + ['install'], cwd=HERE)
+            # A tight umask of root's must not keep qmailr out.
+            subprocess.check_call(
+                ['sh', '-c', 'umask 077; exec "$@" >/dev/null', 'sh'] +
+                command + ['install'], cwd=HERE)
+            for top, _, names in os.walk(prefix):
+                for path in [top] + [os.path.join(top, n) for n in names]:
+                    self.assertEqual(0o44, os.stat(path).st_mode & 0o44, path)
             installed = os.path.join(prefix, 'bin', 'qmail_remote.py')
             outcome = run_program(None, '[127.0.0.1]', 'a@b', 'c@d',
                                   command=[installed],
