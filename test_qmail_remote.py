@@ -2162,6 +2162,29 @@ class DnsWire(Tables):
                               packet)
         return len(values)
 
+    def test_names(self):
+        """Pointers lead back, each farther than the one before it, and even
+        those have an end; labels have up to 63 bytes, names 255."""
+        # At 12 the root's name, then pointers, each to the one before it.
+        chain = bytes(13) + b''.join(
+            struct.pack('!H', 0xC000 | max(12, 2 * i + 11))
+            for i in range(300))
+        again = bytes(12) + b'\xc0\x0e\x01a\0\xc0\x0c'
+        most = (b'\x3f' + b'a' * 63) * 3 + b'\x3d' + b'b' * 61 + b'\0'
+        for title, packet, at, want in (
+                ('253 pointers', chain, 13 + 2 * 252, (b'\0', 15 + 2 * 252)),
+                ('255 pointers', chain, 13 + 2 * 254, qr.Malformed),
+                ('300 pointers', chain, 13 + 2 * 299, qr.Malformed),
+                ('back, then forward', again, 17, qr.Malformed),
+                ('to the place itself', again, 14, (b'\1a\0', 17)),
+                ('a label of 63', b'\x3f' + b'a' * 63 + b'\0', 0,
+                 (b'\x3f' + b'a' * 63 + b'\0', 65)),
+                ('a label of 64', b'\x40' + b'a' * 64 + b'\0', 0,
+                 qr.Malformed),
+                ('255 bytes', most, 0, (most, 255))):
+            with self.subTest(title):
+                self.check(want, qr.read_name, packet, at)
+
 
 # DNS lookups
 
@@ -2258,6 +2281,27 @@ class NameServers(Tables):
                 (b'options timeout:' + b'9' * 5000, (30, 2, False)),
                 (b'#options timeout:3', (5, 2, False))):
             self.check(want, options, line)
+
+    def test_trust(self):
+        """AD in an answer counts from this host alone, or with trust-ad;
+        one server that is not trusted is enough for none to be."""
+        here, away = b'nameserver 127.0.0.53\n', b'nameserver 192.0.2.1\n'
+        option = b'options trust-ad\n'
+        for data, override, want in (
+                (here, b'', [True]), (away, b'', [False]),
+                (b'nameserver ::1\n', b'', [True]),
+                (b'nameserver 2001:db8::1\n', b'', [False]),
+                (here + away, b'', [False, False]),
+                (away + here, b'', [False, False]),
+                (option + away, b'', [True]),
+                (away + here + option, b'', [True, True]),
+                (option + away, b'192.0.2.2', [False]),
+                (away, b'127.0.0.1 [::1]:53', [True, True]),
+                (here, b'127.0.0.1 192.0.2.2', [False, False]),
+                (here * 3 + away, b'', [True] * 3), (b'', b'', [True])):
+            self.check(want, lambda: [
+                server.trusted for server in qr.parse_resolv_conf(
+                    data, override).servers])
 
 
 class SideBySide(Tables):
@@ -2659,6 +2703,50 @@ class Resolving(Tables):
             self.check(qr.TimedOut, qr.wait, [left], [right], now)
             self.check(qr.TimedOut, qr.wait, [right], [], now + 0.01)
 
+    def test_woken_for_nothing(self):
+        """A socket is called ready, but nothing has come (a packet with a
+        wrong checksum): the wait goes on."""
+        for options in b'', b'options use-vc':
+            with self.overridden({'delay': 0.2}) as server:
+                resolver, woken = self.resolver(server, options=options), []
+
+                def wait(reading, writing, deadline):
+                    if reading and len(woken) < 3:
+                        woken.append(reading)
+                        return list(reading), []
+                    return qr.wait(reading, writing, deadline)
+                resolver.wait = wait
+                self.check(('ok', [b'192.0.2.1']), self.ask, resolver)
+                self.assertEqual(3, len(woken))
+
+    @unittest.skipIf(sys.implementation.name == 'pypy',
+                     'os.urandom() takes a descriptor there')
+    def test_no_descriptor(self):
+        """None for the first question is no server's fault.  One that none
+        becomes free for in its time is a failure for now."""
+        with FakeDNS(self.GOOD) as server:
+            resolver = self.resolver(server)
+            with descriptors_left(0), self.assertRaises(OSError) as caught:
+                resolver.ask([(self.NAME, 1)])
+            self.assertEqual(errno.EMFILE, caught.exception.errno)
+        with self.overridden({'silent': True}) as server:
+            resolver = self.resolver(server, timeout=0.3)
+            with descriptors_left(2):
+                lookups = resolver.ask([(self.NAME, 1)] * 6)
+            self.assertEqual(['soft'] * 6,
+                             [lookup.status for lookup in lookups])
+
+    def test_no_free_port(self):
+        """Then the kernel chooses."""
+        tried = []
+
+        class Taken:
+            def bind(self, place):
+                tried.append(place)
+                raise OSError(errno.EADDRINUSE, 'taken')
+        self.check(None, qr.bind_random_port, Taken(), socket.AF_INET)
+        self.assertEqual(8, len(tried))
+
 
 # Where to
 
@@ -2983,6 +3071,26 @@ class WhereTo(Tables):
                 (b'ff02::1', False)):
             self.check(want, qr.is_local, address)
 
+    def test_too_many_exchangers(self):
+        """Those that nobody looked up may have an address."""
+        def find(count, **addresses):
+            records = {'h MX': [(i, 'x%d' % i) for i in range(count)]}
+            records.update(('x%s A' % name[1:], [address])
+                           for name, address in addresses.items())
+            return self.find(b'h', records)
+        self.check('192.0.2.1', lambda: find(128, x0='192.0.2.1'))
+        self.check('192.0.2.1 more', lambda: find(129, x0='192.0.2.1'))
+        self.check(qr.DNS_SOFT, lambda: find(129, x128='192.0.2.1'))
+        self.check(qr.NO_ADDRESS, lambda: find(128))
+
+    def test_no_socket(self):
+        """A family that this host does not know has none of its addresses;
+        that there are too few descriptors says nothing."""
+        self.check(False, qr.try_socket, 9999, 'bind', b'192.0.2.1')
+        with descriptors_left(0), self.assertRaises(OSError) as caught:
+            qr.is_local(b'192.0.2.1')
+        self.assertEqual(errno.EMFILE, caught.exception.errno)
+
 
 class TimedOutServers(Tables):
     """queue/lock/tcpto, by the rules of tcpto.c: records here are
@@ -3189,6 +3297,45 @@ class TimedOutServers(Tables):
         self.check(False, self.tcpto().skip, self.HERE)
         self.tcpto().timed_out(self.HERE)
         self.assertEqual([(self.HERE, 3, 4005)], self.records())
+
+    def test_what_is_noted(self):
+        """A timeout; and whatever shows that the server is there."""
+        class Noted:
+            def __init__(self, skipped):
+                self.skipped, self.calls = skipped, []
+
+            def skip(self, address):
+                return self.skipped
+
+            def timed_out(self, address):
+                self.calls.append('timed out')
+
+            def answered(self, address):
+                self.calls.append('answered')
+
+        def connect(address, port, seconds):
+            if outcome:
+                raise outcome
+        server = value_of(qr.Server, address=self.HERE, port=25)
+        for skipped, outcome, calls, note in (
+                (True, None, [],
+                 b'timed out before, not tried (qmail-tcpto)'),
+                (False, None, ['answered'], None),
+                (False, qr.TimedOut(), ['timed out'],
+                 b'connection timed out'),
+                (False, OSError(errno.ECONNREFUSED, 'no'), ['answered'],
+                 b'connection refused'),
+                (False, OSError(errno.ENETUNREACH, 'no'), ['answered'],
+                 b'network is unreachable')):
+            noted = Noted(skipped)
+            world = value_of(qr.World, tcpto=noted, connect=connect,
+                             line=lambda sock: None)
+            with self.subTest(repr((skipped, outcome))):
+                try:
+                    got = qr.open_line(server, control_files(), world)
+                except qr.NextServer as failure:
+                    got = failure.note
+                self.assertEqual((note, calls), (got, noted.calls))
 
 
 # The line
@@ -3418,6 +3565,58 @@ class LineTables(Tables):
                    OSError(errno.ECONNREFUSED, ''))
         self.check(b'input/output error', qr.reason, OSError('no number'))
 
+    def test_wait_at_the_deadline(self):
+        """To the very moment, even if something is ready."""
+        left, right = socket.socketpair()
+        with left, right:
+            right.send(b'x')
+            for now, want in ((4, ([left], [])), (5, qr.TimedOut),
+                              (6, qr.TimedOut)):
+                self.check(want, qr.wait, [left], [], 5, lambda: now)
+
+    def test_no_socket(self):
+        """That is not the server's fault: no other one is tried."""
+        with descriptors_left(0), self.assertRaises(qr.Report) as caught:
+            qr.connect(b'127.0.0.1', 9, 1)
+        self.assertEqual(qr.NO_RESOURCES, caught.exception.text)
+
+    def test_a_flood_while_we_send(self):
+        """It ends at the deadline, and does not fill the memory."""
+        clock = self.clock
+
+        class Flood(Scripted):
+            seconds, blocks = 0, 0
+
+            def recv(self, size):
+                clock.now += self.seconds
+                self.blocks += 1
+                if self.blocks > 100:
+                    raise AssertionError('without end')
+                return b'250-x\r\n' * 150000
+
+            def send(self, data):
+                raise BlockingIOError()
+        for seconds in 0, 1:
+            clock.now = 1000
+            line = qr.Line(Flood(), clock.at_once, clock)
+            line.sock.seconds = seconds
+            self.assertEqual((b'timed out', 4), self.lost(
+                line.send, b'QUIT', 7, False, True))
+            self.assertLessEqual(clock.now, 1008)
+            self.assertLess(len(line.input), qr.BACKLOG_MAX + 2000000)
+
+    def test_hold(self):
+        """What a dead line had said counts, and nothing after it."""
+        line = self.scripted([b'250-a\r\n', BlockingIOError(), b'250 b\r\n'])
+        self.check(True, line.hold)
+        self.check((b'connection closed', 0), self.lost, line.reply, 7)
+        self.assertEqual(1000, self.clock.now)
+
+    def test_what_is_left_unsent(self):
+        line = self.scripted([b'4'], [4, BlockingIOError()])
+        self.check(False, line.send, b'0123456789', 7, True)
+        self.assertEqual(6, line.unsent)
+
 
 # The message
 
@@ -3586,6 +3785,48 @@ class MessageTables(Tables):
         fd = os.open(os.devnull, os.O_RDONLY)
         self.check(b'', self.whole, fd)
         os.close(fd)
+
+    def test_a_deadline_for_each_piece(self):
+        """Drips of any size must make up 64 KiB in time; how long the whole
+        takes is no matter."""
+        piece = qr.SEND_PIECE
+        for size, seconds, count, want in (
+                (piece, 5, 4, 4 * piece), (piece // 2, 3, 8, 4 * piece),
+                (piece // 2, 4, 8, qr.NO_MESSAGE),
+                (1, 1, 20, qr.NO_MESSAGE), (piece, 8, 2, qr.NO_MESSAGE)):
+            reading, writing = os.pipe()
+            self.clock.now, left = 1000, [count]
+
+            def wait(_, __, deadline):
+                self.clock.now += seconds
+                if self.clock.now > deadline:
+                    raise qr.TimedOut()
+                if left[0] > 0:
+                    os.write(writing, b'\n' * size)
+                elif not left[0]:
+                    os.close(writing)
+                left[0] -= 1
+            message = qr.Message(reading, wait=wait, clock=self.clock,
+                                 seconds=7)
+            self.check(want, lambda: len(b''.join(message.blocks())))
+            os.close(reading)
+            if left[0] >= 0:
+                os.close(writing)
+
+    def test_woken_for_nothing(self):
+        """A pipe that does not block, and is empty after all."""
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        waits = []
+
+        def wait(*_):
+            waits.append(1)
+            if len(waits) == 3:
+                os.write(writing, b'a\n')
+                os.close(writing)
+        message = qr.Message(reading, wait=wait, clock=self.clock, seconds=7)
+        self.check(b'a\n', lambda: b''.join(message.blocks()))
+        os.close(reading)
 
 
 # SMTP
@@ -3868,6 +4109,15 @@ class SmtpTables(Tables):
         long = b'k' * 100
         self.check(hmac.new(long, b'x', 'md5').hexdigest().encode(),
                    qr.hmac_md5, long, b'x')
+
+    def test_mask_at_the_cut(self):
+        """A reply is kept up to a number of bytes; a secret that the end of
+        it cut in half does not show."""
+        kept = qr.REPLY_KEPT
+        text = b'y' * (kept - 5) + b'sesam'
+        self.check(b'y' * (kept - 6), qr.mask, text, [b'sesame'])
+        self.check(text, qr.mask, text, [])
+        self.check(text[1:], qr.mask, text[1:], [b'sesame'])
 
 
 # Which server, and when to go on
@@ -6410,6 +6660,17 @@ class Authentication(Dialogues):
             row('smtproutes', server, 'r', report,
                 control={'smtproutes': b'::PORT' + secret})])
 
+    def test_no_md5(self):
+        """As if CRAM-MD5 were not offered."""
+        note = ('no supported AUTH method found, continuing without '
+                'authentication.\n')
+        self.play([
+            self.row('the next method', 'AUTH CRAM-MD5 PLAIN', self.plain
+                     + 'S: 235 welcome\n' + FROM_MAIL, 'r', ACCEPTED,
+                     command=python(NO_MD5)),
+            self.row('no other method', 'AUTH CRAM-MD5', FROM_MAIL, 'r',
+                     'K' + note + ACCEPTED[1:], command=python(NO_MD5))])
+
 
 class Messages(Dialogues):
     """The message, byte for byte."""
@@ -7039,6 +7300,19 @@ def bin_with_python3():
     return path
 
 
+@contextlib.contextmanager
+def descriptors_left(number):
+    """Meanwhile only so many more descriptors can be opened."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + number, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def children_of(pid):
     """The processes whose parent is pid; none without /proc."""
     found = []
@@ -7432,6 +7706,61 @@ class Process(unittest.TestCase):
                     hanging.child.send_signal(number)
                     self.assertEqual(hanging.verdict(), ('Z', b''))
 
+    def test_fd_2(self):
+        """A terminal stays; qmail-rspawn would take anything else that came
+        there for reports."""
+        master, terminal = os.openpty()
+        for stderr in terminal, subprocess.PIPE:
+            child = subprocess.Popen(python(SEEN), stderr=stderr)
+            text = child.communicate(timeout=20)[1]
+            self.assertEqual((child.returncode, text or b''), (0, b''))
+        os.close(terminal)
+        self.assertEqual(b'seen', os.read(master, 99))
+        os.close(master)
+
+    def test_closed_descriptors_are_filled(self):
+        """No file or socket ever gets the place of the reports."""
+        for closed in range(8):
+            line = 'exec "$@"' + ''.join(
+                ' %d>&-' % fd for fd in range(3) if closed >> fd & 1)
+            with self.subTest(line):
+                self.assertEqual(10 + closed, subprocess.call(
+                    self.shell(line, python(CLOSED)),
+                    stderr=subprocess.DEVNULL))
+
+    def test_whatever_is_not_foreseen(self):
+        """A deferral."""
+        for error, report in (
+                ('MemoryError', qr.NO_MEMORY),
+                ('ValueError', qr.NO_RESOURCES),
+                ('OSError', qr.NO_RESOURCES),
+                ('RecursionError', qr.NO_RESOURCES),
+                ('KeyboardInterrupt', qr.NO_RESOURCES),
+                ('SystemExit(100)', qr.NO_RESOURCES)):
+            with self.subTest(error):
+                self.check(self.run_it(command=python(TROUBLE % error)),
+                           report.decode())
+
+    def test_a_full_pipe_that_does_not_block(self):
+        """The reports wait until there is room."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        filled = 0
+        try:
+            while True:
+                filled += os.write(writer, bytes(4096))
+        except BlockingIOError:
+            pass
+        child = subprocess.Popen(
+            [sys.executable, '-IS', PROGRAM], stdin=subprocess.DEVNULL,
+            stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        self.assertRaises(subprocess.TimeoutExpired, child.wait, 0.7)
+        with open(reader, 'rb') as f:
+            self.assertEqual(qr.USAGE + b'\0', f.read()[filled:])
+        self.assertEqual((0, b''), (child.wait(20), child.stderr.read()))
+        child.stderr.close()
+
 
 # ------------------------------------------------------------ Fault matrix
 # Faults that no dialogue above has, one a line, through the real process;
@@ -7515,6 +7844,64 @@ class AuthFaults(Dialogues):
                       ('no base64', 'S: 334 !!!!'), ('half', 'S: 334 PDEu='),
                       ('inner blanks', 'S: 334 PDEu MkB4Pg=='),
                       ('1 MB', for_long)])
+
+    def test_too_long(self):
+        """More than 12288 bytes in base64: no server has to take that."""
+        def case(title, steps, user, password, what):
+            return row(title, self.START + steps, 'ZConnected to 127.0.0.1 '
+                       'but unable to base64encode %s.\n' % what, control={
+                           'smtproutes': b':127.0.0.1:PORT|' + user + b'|'
+                           + password})
+        self.play([
+            case('PLAIN', 'PLAIN\nQ:', b'u', b'p' * 9214, '(plain)'),
+            case('LOGIN, the user', 'LOGIN\nQ:', b'u' * 9217, b'p', 'user'),
+            case('LOGIN, the password', 'LOGIN\nQ:', b'u', b'p' * 9217,
+                 'pass')])
+
+    def test_one_guess(self):
+        """Only a server that does not take a method gets another one."""
+        def rejected(step):
+            return Like('ZConnected to 127.0.0.1 but authentication was '
+                        'rejected (%s)' % step)
+        both = 'PLAIN LOGIN\nC: AUTH PLAIN *\n'
+        self.play(row(title, self.START + steps, rejected(step),
+                      **self.options()) for title, steps, step in [
+            ('535 to PLAIN', both + 'S: 535 no\nQ:', 'AUTH PLAIN'),
+            ('500 to PLAIN', both + 'S: 500 what?\nQ:', 'AUTH PLAIN'),
+            ('504 to the secret', both + 'S: 334 \nC: *\nS: 504 no\nQ:',
+             'plain'),
+            ('534 to the user', 'LOGIN CRAM-MD5\nC: AUTH CRAM-MD5\n'
+             'S: 504 no\nC: AUTH LOGIN\nS: 334 x\nC: *\nS: 534 no\nQ:',
+             'username'),
+            ('334 too often, PLAIN', self.STEPS['PLAIN again']
+             + 'S: 334 more\nC: *\nQ:', 'plain'),
+            ('334 too often, LOGIN', self.STEPS['password']
+             + 'S: 334 more\nC: *\nQ:', 'password'),
+            ('334 too often, CRAM-MD5', self.STEPS['digest']
+             + 'S: 334 more\nC: *\nQ:', 'username+digest')])
+
+    def test_421(self):
+        """It says nothing about the password: the relay's next address."""
+        self.play([row(step, {
+            '127.0.0.2': self.START + before + 'S: 421 closing\nQ:',
+            '127.0.0.3': self.START + self.STEPS['PLAIN']
+            + 'S: 235 ok\n' + FROM_MAIL}, 'r', Like(
+                'K127.0.0.3 accepted message.\n', '127.0.0.2: '
+                'authentication failed: 421 closing\n'),
+            records={('relay.example', 'A'): ['127.0.0.2'],
+                     ('relay.example', 'AAAA'): ['::ffff:127.0.0.3']},
+            control={'smtproutes':
+                     b':relay.example:PORT|joe-user|secret-word'})
+            for step, before in self.STEPS.items()])
+
+    def test_an_echoed_digest(self):
+        digest = hmac.new(b'secret-word', b'<1.2@x>', 'md5').hexdigest()
+        self.play([row('digest', self.START + self.STEPS['digest']
+                       + 'S: 535 no: joe-user %s\nQ:' % digest, Like(
+                           'ZConnected to 127.0.0.1 but authentication was '
+                           'rejected (username+digest).\nRemote host said: '
+                           '535 no: *** ***\n'),
+                       **self.options())])
 
 
 class RecipientMixes(Dialogues):
@@ -7863,6 +8250,18 @@ class Start(unittest.TestCase):
             subprocess.check_call(command + ['uninstall'], cwd=HERE)
             self.assertEqual([], [name for _, _, names in os.walk(prefix)
                                   for name in names])
+
+    def test_options_of_python(self):
+        """No PYTHON variables, no site, no new bytecode, no locale."""
+        os.unlink(os.path.join(self.bin, 'python3'))
+        with open(os.path.join(self.bin, 'python3'), 'w') as f:
+            f.write('#!/bin/sh\nprintf "%s " "$LC_ALL" "$1" "$2" "$3"\n')
+        os.chmod(f.name, 0o755)
+        outcome = run_program(
+            None, command=['sh', self.file],
+            env={'PATH': self.bin + ':/usr/bin:/bin', 'LC_ALL': 'POSIX'})
+        self.assertEqual((0, b'C -ISB -X under_sh '),
+                         (outcome.status, outcome.output))
 
 
 # ------------------------------------------------------------ ESMTP
@@ -8525,6 +8924,14 @@ class Chunking(Dialogues):
                        'D' + GIVES_UP, wire=wire,
                        message=wire.replace(b'\r\n', b'\n'))])
 
+    def test_no_such_command(self):
+        """These codes speak of BDAT, not of the message: a deferral."""
+        self.play(row(code, CHUNKED + CHUNK_FLIGHT
+                      + says('250 ok', '250 ok', code + ' what?')
+                      + 'C: QUIT\nS: 221 bye', 'r',
+                      'Z' + MESSAGE_NO % (code + ' what?'))
+                  for code in ('500', '501', '502', '503', '504'))
+
 
 class ScriptedSocket(Scripted):
     """A Scripted that a whole session can be played with."""
@@ -8729,6 +9136,119 @@ class Survey(Tables):
                 self.assertEqual(want, got)
                 self.assertEqual((hello + flight)[:len(hello) + sent],
                                  session.line.sock.data)
+
+    def test_a_large_one(self):
+        """The lines of the first 4 MiB stand for all; 8-bit bytes count
+        wherever they are."""
+        line = b'x' * 15 + b'\n'
+        for data, want in (
+                (line * 327680, (5570560, False)),
+                (line * 327679 + b'\xe4' * 15 + b'\n', (5570560, True))):
+            self.check(want, self.opened('file', data).survey)
+
+    def test_a_file_that_cannot_be_read_any_more(self):
+        message = self.opened('file', b'x\n' * self.MOST)
+        null = os.open('/dev/null', os.O_WRONLY)
+        os.dup2(null, message.fd)
+        os.close(null)
+        self.check(qr.NO_MESSAGE, message.survey)
+
+    TALK = [b'220 fake\r\n', BlockingIOError(), b'250 fake\r\n',
+            BlockingIOError(), b'250 ok\r\n', BlockingIOError(),
+            b'250 ok\r\n', BlockingIOError(), b'354 go\r\n',
+            BlockingIOError()]
+
+    def test_trouble_of_our_own(self):
+        """Whatever happens once the dot is out, the message may have been
+        taken; before, it has not."""
+        late = qr.DIED_LATE % b'127.0.0.2'
+        for error, early in (
+                (qr.Report(qr.KILLED), qr.KILLED),
+                (MemoryError(), MemoryError), (ValueError(), ValueError)):
+            for words in (6, 8, 10):
+                session = self.session(self.TALK[:words], [],
+                                       self.opened('file', b'a\n'))
+
+                def wait(*_):
+                    raise error
+                session.line.wait = wait
+                with self.subTest(repr((error, words))):
+                    try:
+                        report = session.run()
+                        got = report.text
+                        self.assertEqual([b'r'] * (words > 6),
+                                         report.recipients)
+                    except (MemoryError, ValueError) as other:
+                        got = type(other)
+                    self.assertEqual(late if words == 10 else early, got)
+
+    def test_no_line_within_a_command(self):
+        """Whatever got through all other checks: nothing is sent."""
+        for command in b'RCPT TO:<a\r\nb>', b'a\rb', b'a\nb', b'a\0b':
+            session = self.session([], [])
+            self.check(qr.NO_RESOURCES, session.launch, [b'NOOP', command])
+            self.assertEqual(b'', session.line.sock.data)
+
+    def test_answered_although_quit_did_not_leave(self):
+        """The line dies after the dot; what the server said before counts."""
+        for answer, text in (
+                (b'250 taken\r\n', b'K127.0.0.2 accepted message.\n'
+                 b'Remote host said: 250 taken\n'),
+                (b'550 no\r\n', b'D127.0.0.2 failed after I sent the message.'
+                 b'\nRemote host said: 550 no\n')):
+            session = self.session(
+                [BlockingIOError(), answer],
+                [6, OSError(errno.EPIPE, 'gone')] * 9,
+                self.opened('file', b'a\n'))
+            session.offered, session.accepted = {b'PIPELINING': []}, True
+            self.check(text, lambda: session.transfer().text)
+
+    def test_quit_never_rides_with_the_dot_over_tls(self):
+        gone = OSError(errno.ECONNRESET, 'gone')
+        session = self.session([BlockingIOError(), gone], [],
+                               self.opened('file', b'a\n'))
+        session.offered, session.accepted = {b'PIPELINING': []}, True
+        session.line.tls = OddLayer()
+        self.assertRaises(qr.Lost, session.transfer)
+        self.assertEqual(b'a\r\n.\r\n', session.line.sock.data)
+        self.assertFalse(session.said_quit)
+
+    def test_no_quit_after_half_a_command(self):
+        """The server would take it for a part of that."""
+        wait, hello = BlockingIOError(), b'EHLO me.example\r\n'
+        session = self.session(
+            [b'220 fake\r\n', wait, b'250-fake\r\n250 PIPELINING\r\n', wait,
+             b'550 no\r\n'],
+            [len(hello), 5, OSError(errno.EPIPE, 'gone')] + [99] * 9,
+            self.opened('file', b'a\n'))
+        with self.assertRaises(qr.NextServer) as caught:
+            session.run()
+        self.assertEqual(
+            b'DConnected to 127.0.0.2 but sender was rejected.\n'
+            b'Remote host said: 550 no\n', caught.exception.report)
+        self.assertEqual(hello + b'MAIL ', session.line.sock.data)
+
+    def test_a_chunk_that_did_not_leave(self):
+        """No server can have taken what it has not got, whatever it says;
+        nor is the third of four replies the last."""
+        wait, hello = BlockingIOError(), b'EHLO me.example\r\n'
+        flight = (b'MAIL FROM:<s@x>\r\nRCPT TO:<r@x>\r\nBDAT 3 LAST\r\n'
+                  b'a\r\n')
+        taken = b'K127.0.0.2 accepted message.\nRemote host said: 250 ok\n'
+        for title, sent, replies, want in (
+                ('all of it left', len(flight), 3, taken),
+                ('a byte is missing', len(flight) - 1, 3,
+                 qr.DIED % b'127.0.0.2'),
+                ('a reply too many', len(flight), 4,
+                 qr.DIED_LATE % b'127.0.0.2')):
+            session = self.session(
+                [b'220 fake\r\n', wait,
+                 b'250-fake\r\n250-PIPELINING\r\n250 CHUNKING\r\n', wait,
+                 b'250 ok\r\n' * replies],
+                [len(hello), sent, OSError(errno.EPIPE, 'gone')],
+                self.opened('file', b'a\n'))
+            with self.subTest(title):
+                self.assertEqual(want, session.run().text)
 
 
 # ------------------------------------------------------------ TLS: tables
@@ -9014,6 +9534,61 @@ class TlsTables(Tables):
             finally:
                 os.chdir(home)
 
+    def test_control_files_that_cannot_be_read(self):
+        """Directories in their place."""
+        here = os.getcwd()
+        for name in ('tlshosts/relay.example.pem', 'notlshosts/relay.example',
+                     'clientcert.pem', 'tlsclientciphers'):
+            with Home(**{name + '/x': b''}) as home:
+                os.chdir(home.path)
+                try:
+                    self.check(qr.NO_CONTROL, qr.read_tls_control,
+                               b'relay.example')
+                finally:
+                    os.chdir(here)
+
+    def test_damaged_anchors(self):
+        """They are left out, which makes the check no easier."""
+        context = qr.tls_context(
+            qr.TlsPolicy(True, True, ANCHORS, [b'junk', der('ca')[:40],
+                                               der('ca')]),
+            qr.TlsControl(None, False, None, b''))
+        self.assertEqual(
+            (ssl.CERT_REQUIRED, True, [der('ca')]),
+            (context.verify_mode, context.check_hostname,
+             context.get_ca_certs(True)))
+
+    def test_usage_2_is_no_usage_3(self):
+        """A record for issuers that names the server's own certificate: its
+        name and age have to be checked, by a second handshake."""
+        for way in ((0, 0), (0, 1), (1, 1), (1, 2)):
+            with self.subTest(way), \
+                    self.assertRaises(qr.TlsFailed) as caught:
+                qr.dane_check([tlsa(2, *way, 'relay')], [der('relay')])
+            self.assertEqual([der('relay')], list(caught.exception.anchors))
+        with self.assertRaises(qr.TlsFailed) as caught:
+            qr.dane_check([tlsa(3, 1, 1, 'ca')], [der('relay'), der('ca')])
+        self.assertEqual([], list(caught.exception.anchors))
+
+    def test_tlsa_records_unknown_for_now(self):
+        """No mail, unless the administrator has laid down something."""
+        class Skipping:
+            def skip(self, address):
+                return True
+        skipped = b'timed out before, not tried (qmail-tcpto)'
+        for pem_data, never, note in (
+                (None, False, b'TLSA lookup failed'),
+                (PEM_FILE, False, skipped), (None, True, skipped),
+                (PEM_FILE, True, skipped)):
+            world = value_of(
+                qr.World, tcpto=Skipping(), tls_control=lambda name:
+                qr.TlsControl(pem_data, never, None, b''))
+            with self.assertRaises(qr.NextServer) as caught:
+                qr.try_server(qr.Server(b'127.0.0.2', 25, b'mx.example',
+                                        None), qr.Route(None, None, None),
+                              None, control_files(), world)
+            self.assertEqual(note, caught.exception.note)
+
 
 class OddLayer:
     """A TlsLayer in which everything is clear, and which has an answer of
@@ -9034,6 +9609,20 @@ class OddLayer:
     def output(self):
         out, self.out = self.out, b''
         return out
+
+
+class BusyLayer(OddLayer):
+    """One that has to take something in before it encrypts."""
+    ready = False
+
+    def encrypt(self, data):
+        if not self.ready:
+            self.out += b'<hello>'
+        return self.ready and OddLayer.encrypt(self, data)
+
+    def decrypt(self, data=None):
+        self.ready = True
+        return OddLayer.decrypt(self, data)
 
 
 class OddSocket:
@@ -9098,6 +9687,86 @@ class TlsLines(unittest.TestCase):
         self.assertFalse(line.heard())
         self.assertIsNone(line.last_words())
         self.assertRaises(qr.Lost, line.reply, 5)
+
+    def test_encrypt(self):
+        """Not without a handshake; not after nonsense."""
+        layer = qr.TlsLayer(qr.tls_context(
+            IF_OFFERED, qr.TlsControl(None, False, None, b'')), None)
+        self.assertFalse(layer.encrypt(b'x'))
+        layer.incoming.write(b'nonsense')
+        self.assertRaises(qr.Lost, layer.encrypt, b'x')
+
+    def test_new_keys_before_we_send(self):
+        sock = OddSocket([99] * 9, [b'!250 '])
+        line = self.line(sock)
+        line.tls = BusyLayer()
+        self.assertTrue(line.send(b'x', 5))
+        self.assertEqual((b'<hello><answer>x', b'250 '),
+                         (sock.sent, bytes(line.input)))
+        for event, note in ((b'', b'connection closed'),
+                            (OSError(errno.ECONNRESET, ''),
+                             b'connection reset by peer')):
+            line = self.line(Scripted([event]))
+            line.tls = BusyLayer()
+            with self.assertRaises(qr.Lost) as caught:
+                line.send(b'a record', 5)
+            self.assertEqual((note, 8), (caught.exception.note,
+                                         caught.exception.unsent))
+
+    def test_new_keys_without_end(self):
+        self.assertFalse(self.line(OddSocket(
+            [99] * 9, [b'!' * 2000, b'', b''])).heard())
+        self.assertRaises(qr.Lost, self.line(OddSocket(
+            [99] * 9, [b'!' * 2100])).heard)
+
+    def test_an_answer_that_cannot_leave(self):
+        """The reply counts all the same."""
+        line = self.line(Scripted([b'!', BlockingIOError(), b'250 ok\r\n'],
+                                  [OSError(errno.EPIPE, 'gone')]))
+        self.assertEqual(line.reply(5).code, 250)
+
+    def test_no_handshake(self):
+        """A name that cannot be one, and a lost line: TLS has failed."""
+        for policy, name, event, reason in (
+                (IF_OFFERED, b'.example', b'', b'.example'),
+                (BY_SYSTEM, b'.example', b'', b'.example'),
+                (BY_SYSTEM, b'relay.example', b'', b'connection closed'),
+                (IF_OFFERED, b'relay.example', OSError(
+                    errno.ECONNRESET, ''), b'connection reset by peer')):
+            line = self.line(Scripted([BlockingIOError(), event]))
+            line.tls, context = None, qr.tls_context(
+                policy, qr.TlsControl(None, False, None, b''))
+            with self.assertRaises(qr.TlsFailed) as caught:
+                line.start_tls(context, name, 5)
+            if name[:1] != b'.':
+                self.assertEqual(reason, caught.exception.reason)
+            self.assertIsNone(line.tls)
+
+    def test_a_greeting_with_the_handshake(self):
+        """In TLS 1.2 it can come with the last bytes of the handshake, in
+        TLS 1.3 soon after."""
+        for words in 'relay+ca', 'relay+ca 1.2':
+            line = self.line(DamagedServer(tls_server(words)[0], 0, b'',
+                                           random.Random(1)))
+            line.tls = None
+            line.start_tls(qr.tls_context(
+                IF_OFFERED, qr.TlsControl(None, False, None, b'')), None, 5)
+            with self.subTest(words):
+                self.assertEqual(220, line.reply(5).code)
+
+    def test_words_before_nonsense(self):
+        """What was encrypted properly counts, though nothing can follow."""
+        server = DamagedServer(tls_server('relay+ca 1.2')[0], 0, b'',
+                               random.Random(1))
+        line = self.line(server)
+        line.tls = None
+        line.start_tls(qr.tls_context(
+            IF_OFFERED, qr.TlsControl(None, False, None, b'')), None, 5)
+        line.reply(5)
+        server.server.write(b'250 ok\r\n')
+        self.assertEqual(
+            (b'250 ok\r\n', True),
+            line.tls.decrypt(server.outgoing.read() + b'nonsense'))
 
 
 class DamagedServer:
@@ -9219,6 +9888,38 @@ ONLY_NO_SSL = NO_SSL + '''
 import runpy
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+# The program without MD5 (FIPS), and with arguments that raise an error.
+NO_MD5 = '''
+import runpy, sys
+sys.modules['hmac'] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+TROUBLE = '''
+import sys
+class Arguments(list):
+    def __getitem__(self, which):
+        raise %s
+path, sys.argv = sys.argv[1], Arguments()
+with open(path, encoding='utf-8') as f:
+    code = compile(f.read(), path, 'exec')
+exec(code, {'__name__': '__main__'})
+'''
+# Which of fds 0-2 the program found closed; all three are open then.
+CLOSED = '''
+import os, runpy, sys
+closed = runpy.run_path(sys.argv[1])['fill_descriptors']()
+for fd in range(3):
+    os.fstat(fd)
+os._exit(10 + sum(1 << fd for fd in closed))
+'''
+# Whether something written to fd 2 is seen once the program has begun.
+SEEN = '''
+import os, runpy, sys
+runpy.run_path(sys.argv[1])['fill_descriptors']()
+os.write(2, b'seen')
 '''
 
 
