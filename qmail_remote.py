@@ -2073,9 +2073,8 @@ class Line:
         self.sock.close()
 
     def _fill(self):
-        """Takes in what has come; False if there is nothing for now."""
-        if self.ended:
-            return False
+        """Takes in what has come; False if there is nothing for now.  Not
+        to be called again after the end."""
         try:
             data = self.sock.recv(INPUT_BLOCK)
         except BlockingIOError:
@@ -2859,7 +2858,7 @@ class Session:
             raise AuthRejected(what, reply)
         return reply
 
-    def encode(self, value, what):
+    def encode(self, value, what, before=b''):
         """base64, remembered as a secret.  Raises Report if the line would
         be too long for any server, or memory runs out."""
         try:
@@ -2867,7 +2866,7 @@ class Session:
         except MemoryError:
             encoded = None
         if encoded is None or len(encoded) > AUTH_LINE_MAX:
-            self.quit()
+            self.quit(before)
             raise Report(AUTH_UNENCODABLE % (self.address, what))
         self.secrets += [encoded, encoded.rstrip(b'=')]
         return encoded
@@ -2913,7 +2912,7 @@ class Session:
             raise Report(AUTH_UNDECODABLE % self.address +
                          said(reply, *self.hidden))
         self.secrets.append(digest)
-        answer = self.encode(user + b' ' + digest, b'user')
+        answer = self.encode(user + b' ' + digest, b'user', b'*\r\n')
         self.auth_step((235,), b'username+digest', answer)
         return True
 

@@ -2747,6 +2747,69 @@ class Resolving(Tables):
         self.check(None, qr.bind_random_port, Taken(), socket.AF_INET)
         self.assertEqual(8, len(tried))
 
+    def test_who_is_believed(self):
+        """AD counts from a trusted server, and only if each step had it."""
+        for ad, trusted, want in ((True, True, True), (True, False, False),
+                                  (False, True, False)):
+            with FakeDNS(self.GOOD, ad=ad) as server:
+                resolver = self.resolver(server)
+                resolver.config.servers[0].trusted = trusted
+                for name in self.NAME, dns_name('nowhere.test'):
+                    lookup, = resolver.ask([(name, 1)])
+                    self.assertEqual(want, lookup.authentic)
+
+    def test_steps(self):
+        """A CNAME alone is followed, unless a SOA says that there is no
+        more; the whole is as authentic as its weakest step."""
+        other = dns_name('n.test')
+
+        class Steps(qr.Resolver):
+            def _any_server(self, name, qtype, end):
+                return steps.pop(0)
+                yield
+        link, last = (self.NAME, qr.CNAME, other), (other, 1, b'192.0.2.1')
+
+        def answer(record, authentic, final=False):
+            return qr.Answer(0, False, False, [record], final, authentic)
+        for steps, want in (
+                ([answer(link, True), answer(last, True)],
+                 qr.Lookup('ok', [b'192.0.2.1'], True, other)),
+                ([answer(link, False), answer(last, True)],
+                 qr.Lookup('ok', [b'192.0.2.1'], False, other)),
+                ([answer(link, True), answer(last, False)],
+                 qr.Lookup('ok', [b'192.0.2.1'], False, other)),
+                ([answer(link, True, True)],
+                 qr.Lookup('ok', [], True, other))):
+            resolver = Steps(qr.parse_resolv_conf(b''), None, lambda: 0)
+            self.assertEqual([want], resolver.ask([(self.NAME, 1)]))
+            self.assertEqual([], steps)
+
+    def test_without_edns(self):
+        """A server, or something on the way to it, that cannot do EDNS: at
+        once if it says so, else in the second round."""
+        for rcode in 1, 4, None:
+            def answer(query, question, via):
+                edns.append(query[10:12] == b'\0\1')
+                if not edns[-1]:
+                    return [server.ordinary(question)]
+                return None if rcode is None else [
+                    server.ordinary(question, rcode=rcode)]
+            edns = []
+            with self.overridden(answer) as server:
+                self.expect_good(server, timeout=0.5, attempts=2 - bool(rcode))
+                self.assertEqual([True, False], edns)
+
+    def test_neither_authority_nor_recursion(self):
+        """Records are records; that there are none is not believed."""
+        def lame(query, question, via):
+            reply = bytearray(server.ordinary(question))
+            reply[2:4] = b'\x81\0'
+            return [bytes(reply)]
+        with self.overridden(lame) as server:
+            self.expect_good(server)
+            self.check(('soft', []), self.ask, self.resolver(server),
+                       self.NAME, 28)
+
 
 # Where to
 
@@ -9249,6 +9312,17 @@ class Survey(Tables):
                 self.opened('file', b'a\n'))
             with self.subTest(title):
                 self.assertEqual(want, session.run().text)
+
+    def test_a_334_too_many(self):
+        """The dialogue is called off, so that QUIT is no answer in it."""
+        wait, plain = BlockingIOError(), b'AHUAcA=='
+        session = self.session([wait, b'334 \r\n', wait, b'334 \r\n'], [])
+        session.credentials = b'u', b'p'
+        session.offered = {b'AUTH': [b'PLAIN']}
+        self.check(qr.AUTH_REJECTED % (b'127.0.0.2', b'plain') +
+                   b'Remote host said: 334 \n', session.authenticate)
+        self.assertEqual(b'AUTH PLAIN %s\r\n%s\r\n*\r\nQUIT\r\n' % (
+            plain, plain), session.line.sock.data)
 
 
 # ------------------------------------------------------------ TLS: tables
