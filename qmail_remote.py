@@ -86,6 +86,11 @@ DESCRIPTION
     With PIPELINING the whole envelope leaves at once, with CHUNKING a small
     message too; SIZE, 8BITMIME and SMTPUTF8 are used where they are offered.
 
+    If descriptor 2 is a terminal, qmail-remote shows there what it does:
+    --- the route, what DNS answers, the server, TLS, how far a long message
+    is; >>> what it says; <<< what the server says.  Passwords are left out,
+    bytes that a terminal could obey appear as \\x and two digits.
+
     There are no options; getopt(3) is not followed.
 
 TRANSPARENCY
@@ -186,6 +191,12 @@ CONTROL FILES
         Mail is never sent to an exchanger that is this host, nor to one
         that is not preferred to it.
 
+    outgoingip
+        The address to connect from: one line with an IPv4 address, one with
+        an IPv6 address, or both; each counts for connections of its kind.
+        One that is no address, or not this host's, defers the mail, and the
+        report names it.  Default: the kernel's choice.
+
     tlshosts/NAME.pem
         Certificates, in PEM form.  The exchanger or relay NAME (in lower
         case; an address for a relay that is given as one) gets mail only
@@ -212,6 +223,8 @@ ENVIRONMENT
     DNSCACHEIP  name servers, separated by blanks, instead of those in
                 /etc/resolv.conf: 127.0.0.1, ::1, 127.0.0.1:5353 or
                 [::1]:5353
+    NO_COLOR    if set to anything: no colours on a terminal
+    TERM        what colours the terminal has, see terminfo(5)
     SSL_CERT_FILE, SSL_CERT_DIR, OPENSSL_CONF
                 are OpenSSL's: where the system's trusted certificates are,
                 and its defaults
@@ -292,6 +305,9 @@ ADDRESSES_MAX = 256             # addresses of one exchanger and family
 AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
 AUTH_COMMAND_MAX = 510          # the same of AUTH itself (RFC 5321 4.5.3.1.4)
 ORPHAN_CHECK = 5                # how soon a killed launcher is noticed
+IP_BIND_ADDRESS_NO_PORT = 24    # linux/in.h; not in every Python
+SCREEN_TIMEOUT = 5              # a terminal that takes nothing is given up
+PROGRESS_AFTER, PROGRESS_EVERY = 1, 0.2     # when a message counts as long
 
 DNS_PORT = 53
 DNS_TIMEOUT, DNS_ATTEMPTS = 5, 2            # resolv.conf(5)
@@ -312,11 +328,14 @@ LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 # ------------------------------------------------------------- 3. Outcomes
-# What a run can end with, and the only code that writes to fd 1.
+# What a run can end with, and the only code that writes to fd 1, and to fd 2
+# if that is a terminal.
 
 USAGE = b'DI (qmail-remote) was invoked improperly. (#5.3.5)\n'
 NO_HOME = b'ZUnable to switch to home directory. (#4.3.0)\n'
 NO_CONTROL = b'ZUnable to read control files. (#4.3.0)\n'
+NOT_OURS = b"ZI cannot send from %s, which is in control/outgoingip: " \
+    b"%s. (#4.3.0)\n"
 NO_MEMORY = b'ZOut of memory. (#4.3.0)\n'
 NO_RESOURCES = b'ZSystem resources temporarily unavailable. (#4.3.0)\n'
 KILLED = b'ZI was told to stop. (#4.3.0)\n'
@@ -444,15 +463,92 @@ def write_output(output):
         pass
 
 
+class Screen:
+    """The terminal of somebody who looks on, or nobody's (fd None): what is
+    said appears at once, with a mark before each line.
+
+    wait is The line's; a terminal that is stopped or gone is left alone."""
+    SENT, HEARD, REMARK = b'>>> ', b'<<< ', b'--- '
+
+    def __init__(self, fd=None, wait=None, clock=time.monotonic):
+        self.fd, self.wait, self.clock = fd, wait, clock
+        self.colours, self.plain = {}, b''
+        self.due, self.halfway = 0, False   # of the line of progress
+
+    def colour(self):
+        """Colours, if the terminal has them (terminfo(5)) and nobody minds
+        (no-color.org)."""
+        if self.fd is None or os.environ.get(b'NO_COLOR'):
+            return
+        try:
+            import curses
+            curses.setupterm(None, self.fd)
+            if curses.tigetnum('colors') < 8:
+                return
+            colour, self.plain = map(curses.tigetstr, ('setaf', 'sgr0'))
+            self.colours = {mark: curses.tparm(colour, number) for
+                            mark, number in ((self.SENT, 6), (self.HEARD, 2),
+                                             (b'<<< 4', 1), (b'<<< 5', 1))}
+        except (ImportError, TypeError, ValueError, curses.error):
+            self.colours, self.plain = {}, b''
+
+    def say(self, mark, text):
+        """Each line of text (bytes) with the mark; what is not printable
+        ASCII cannot play tricks with the terminal."""
+        if self.fd is None:
+            return
+        shown = b'\n' if self.halfway else b''
+        for line in text.rstrip(b'\n').split(b'\n'):
+            line = mark + visible(line)
+            colour = self.colours.get(line[:5], self.colours.get(mark, b''))
+            shown += colour + line + (self.plain if colour else b'') + b'\n'
+        self.halfway = False
+        self._write(shown)
+
+    def transfer(self):
+        """A message begins to leave."""
+        self.due = self.clock() + PROGRESS_AFTER
+
+    def progress(self, sent, size):
+        """How far it is, in bytes on the wire (size may be None), now and
+        then, on one line that overwrites itself."""
+        if self.fd is None or self.clock() < self.due:
+            return
+        text = self.REMARK + b'message: %.1f MB' % (sent / 1e6)
+        if size:
+            text += b' of %.1f MB, %d %%' % (
+                size / 1e6, min(100 * sent // size, 100))
+        self.due, self.halfway = self.clock() + PROGRESS_EVERY, True
+        self._write(b'\r' + text.ljust(60))
+
+    def _write(self, data):
+        try:
+            while data:
+                self.wait((), (self.fd,), self.clock() + SCREEN_TIMEOUT)
+                data = data[os.write(self.fd, data):]
+        except (OSError, TimedOut):
+            self.fd = None
+
+
+NOBODY = Screen()
+
+
+def visible(text):
+    """Bytes outside 32-126 as \\x and two hexadecimal digits."""
+    return b''.join(b'%c' % c if 32 <= c <= 126 else b'\\x%02x' % c
+                    for c in text)
+
+
 # -------------------------------------------------------- 4. Control files
 # The only code that opens them; parsers for what they hold.
 
 class Control(Value):
     """What the control files say.  Names and addresses are bytes, timeouts
     seconds; the routes are dicts, as parse_routes() and parse_senders()
-    give them; moreipme and notipme as parse_networks() gives them."""
+    give them; moreipme and notipme as parse_networks() gives them,
+    outgoingip as parse_outgoing() does."""
     __slots__ = ('helohost', 'timeoutconnect', 'timeoutremote', 'smtproutes',
-                 'authsenders', 'moreipme', 'notipme')
+                 'authsenders', 'moreipme', 'notipme', 'outgoingip')
 
 
 class Route(Value):
@@ -504,7 +600,8 @@ def read_control():
             parse_routes(read(b'smtproutes')),
             parse_senders(read(b'authsenders')),
             parse_networks(read(b'moreipme')),
-            parse_networks(read(b'notipme')))
+            parse_networks(read(b'notipme')),
+            parse_outgoing(read(b'outgoingip')))
     except (OSError, Invalid):
         raise Report(NO_CONTROL)
 
@@ -579,6 +676,20 @@ def parse_networks(data):
             found.append((packed(address), packed(mask)))
         else:
             raise Invalid(line)
+    return found
+
+
+def parse_outgoing(data):
+    """outgoingip as {address family: address}: at most one of each.  Raises
+    Report, which names the line that is wrong."""
+    found = {}
+    for line in lines_of(data):
+        address = canonical(line.strip(b'[]'))
+        if address is None:
+            raise Report(NOT_OURS % (printable(line), b'no IP address'))
+        if family_of(address) in found:
+            raise Report(NOT_OURS % (address, b'one of each kind is enough'))
+        found[family_of(address)] = address
     return found
 
 
@@ -730,6 +841,15 @@ def host_name(name):
             c in b'abcdefghijklmnopqrstuvwxyz0123456789-_.' for c in text):
         return None
     return text if not any(b'.' in label for label in labels) else None
+
+
+def dotted(name):
+    """A wire name for human eyes, whatever is in it."""
+    text, at = b'', 0
+    while name[at:at + 1] > b'\0':
+        text += name[at + 1:at + 1 + name[at]] + b'.'
+        at += 1 + name[at]
+    return text[:-1] or b'.'
 
 
 def canonical(text):
@@ -1012,6 +1132,22 @@ def parse_resolv_conf(data, override=b''):
         b'use-vc' in options)
 
 
+def lookup_words(name, qtype, lookup):
+    """A question and what became of it, for the screen."""
+    kind = {A: b'A', AAAA: b'AAAA', MX: b'MX', TLSA: b'TLSA'}[qtype]
+    words = {Lookup.NONE: b'no such name',
+             Lookup.SOFT: b'no answer for now'}.get(lookup.status)
+    if words is None:
+        words = b', '.join(
+            b'%d %s' % (value[0], dotted(value[1])) if qtype == MX else
+            b'%d %d %d ' % value[:3] + value[3].hex().encode()
+            if qtype == TLSA else value for value in lookup.values) or b'none'
+    if lookup.name != name:
+        words += b', of ' + dotted(lookup.name)
+    return b'DNS: %s %s: %s%s' % (dotted(name), kind, words,
+                                  b' (AD)' if lookup.authentic else b'')
+
+
 def side_by_side(jobs, wait, clock):
     """Runs generators together; their results in order.  Each yields
     (socket or None, for writing, deadline) and is resumed when the socket
@@ -1050,8 +1186,9 @@ def side_by_side(jobs, wait, clock):
 class Resolver:
     """Asks the name servers of config.  wait and clock: see The line."""
 
-    def __init__(self, config, wait, clock):
+    def __init__(self, config, wait, clock, screen=NOBODY):
         self.config, self.wait, self.clock = config, wait, clock
+        self.screen = screen
         self.first = 0          # the server that answered last
         self.open = 0           # sockets in use
 
@@ -1059,9 +1196,15 @@ class Resolver:
         """Asks all questions, pairs of a wire name and a type, side by
         side; a list of Lookups.  Takes at most the time that one question
         may take (rounds * servers * timeout), for up to DNS_TOGETHER."""
-        return side_by_side([self._resolve(name, qtype)
+        return side_by_side([self._told(name, qtype)
                              for name, qtype in questions],
                             self.wait, self.clock)
+
+    def _told(self, name, qtype):
+        lookup = yield from self._resolve(name, qtype)
+        if self.screen.fd is not None:
+            self.screen.say(Screen.REMARK, lookup_words(name, qtype, lookup))
+        return lookup
 
     def _resolve(self, name, qtype):
         config, links, authentic = self.config, 0, True
@@ -1254,6 +1397,25 @@ def choose_route(host, sender, control):
     if route.relay is None:
         route = Route(None, route.port, None)
     return route
+
+
+def route_words(host, sender, route, control):
+    """The choice and where it comes from, for the screen."""
+    own = lookup_sender(sender, control.authsenders)
+    by, words = b'DNS', b'the mail exchangers of ' + host
+    if own is not None and own.relay is not False:
+        by = b'control/authsenders'
+    elif lookup_host(host, control.smtproutes):
+        by = b'control/smtproutes'
+    if route.relay:
+        words = b'relay ' + route.relay
+    if route.port:
+        words += b', port %d' % route.port
+    if route.credentials:
+        words += b', with a password'
+    elif own is not None and own.credentials:
+        words += b', without a password, for no relay is named'
+    return b'route: %s (%s)' % (words, by)
 
 
 def lookup_host(host, routes):
@@ -1875,9 +2037,10 @@ def wait(reading, writing, deadline, clock=time.monotonic):
             return ready[0], ready[1]
 
 
-def connect(address, port, seconds):
-    """A connected socket that does not block.  Raises TimedOut, OSError,
-    and Report if this host has no socket left."""
+def connect(address, port, seconds, source=None):
+    """A connected socket that does not block; source is the address to
+    connect from (None: the kernel's choice).  Raises TimedOut, OSError,
+    and Report if this host has no socket left, or not that source."""
     family = family_of(address)
     deadline = time.monotonic() + seconds
     try:
@@ -1888,6 +2051,8 @@ def connect(address, port, seconds):
         raise
     try:
         sock.setblocking(False)
+        if source is not None:
+            bind_source(sock, source)
         try:
             sock.connect((address, port))
         except BlockingIOError:
@@ -1901,6 +2066,21 @@ def connect(address, port, seconds):
         if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
             raise TimedOut()
         raise
+
+
+def bind_source(sock, source):
+    """Makes source the socket's own address.  Raises Report."""
+    if not is_local(source) and source not in (b'0.0.0.0', b'::'):
+        raise Report(NOT_OURS % (source, b'not an address of this host'))
+    if sys.platform == 'linux':     # a port only when its peer is known:
+        try:                        # else each would serve one peer alone
+            sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        except OSError:
+            pass
+    try:
+        sock.bind((source, 0))
+    except OSError:
+        raise Report(NO_RESOURCES)
 
 
 class Line:
@@ -2448,11 +2628,12 @@ class Session:
     if another server may do better."""
 
     def __init__(self, line, server, control, envelope, credentials,
-                 message, tls, tls_context):
+                 message, tls, tls_context, screen=NOBODY):
         self.line, self.server, self.control = line, server, control
         self.address = server.address
         self.envelope, self.credentials = envelope, credentials
         self.tls, self.tls_context = tls, tls_context
+        self.screen = screen
         self.message, self.timeout = message, control.timeoutremote
         self.secrets = secrets_of(credentials)
         self.hidden = self.secrets, credentials[0] if credentials else b''
@@ -2461,6 +2642,7 @@ class Session:
         self.accepted = False       # MAIL: from here on all is final
         self.data_ended = False     # the end is out, but not yet its reply
         self.said_quit = False
+        self.sent = 0               # bytes of the message
         self.reports = []           # of the recipients
         self.tail = b''             # about TLS, for the report
 
@@ -2515,13 +2697,26 @@ class Session:
     def quit(self, before=b''):
         """Said with the last words (before), never waited for."""
         if not self.said_quit:
+            self.tell(Screen.SENT, before + QUIT)
             self.line.whisper(before + QUIT)
         self.said_quit = True
 
     def command(self, *words):
         """Sends one command and returns its Reply."""
         self.launch([b''.join(words)])
-        return self.line.reply(self.timeout)
+        return self.reply()
+
+    def reply(self):
+        """The next Reply."""
+        reply = self.line.reply(self.timeout)
+        self.tell(Screen.HEARD, reply.text)
+        return reply
+
+    def tell(self, mark, text):
+        """A part of the dialogue for the screen, without secrets."""
+        if self.screen.fd is not None:
+            hidden = self.hidden if mark == Screen.HEARD else self.hidden[:1]
+            self.screen.say(mark, mask(text.replace(b'\r', b''), *hidden))
 
     def launch(self, commands, chunk=b''):
         """Sends commands, and the chunk that follows the last one, in one
@@ -2534,6 +2729,9 @@ class Session:
             raise Lost(b'spoke out of turn' if self.line.input
                        else b'connection closed')
         flight = memoryview(b'\r\n'.join(commands) + b'\r\n' + chunk)
+        self.tell(Screen.SENT, b'\n'.join(commands))
+        if chunk:
+            self.tell(Screen.REMARK, b'message: %d bytes' % len(chunk))
         try:
             for at in range(0, len(flight), SEND_PIECE):
                 self.line.send(flight[at:at + SEND_PIECE], self.timeout,
@@ -2551,7 +2749,7 @@ class Session:
         if b'PIPELINING' in self.offered:
             self.launch(commands, chunk)
         for command in commands:
-            yield self.line.reply(self.timeout) \
+            yield self.reply() \
                 if b'PIPELINING' in self.offered else self.command(command)
 
     def expect(self, reply):
@@ -2563,7 +2761,7 @@ class Session:
     # The steps
 
     def greeting(self):
-        reply = self.line.reply(self.timeout)
+        reply = self.reply()
         if reply.code != 220:
             raise self.refused(GREETING_FAILED, reply, b'greeting failed')
 
@@ -2642,6 +2840,7 @@ class Session:
         if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
         self.tail = layer.facts() + b', ' + checked + b'\n'
+        self.screen.say(Screen.REMARK, b'TLS: ' + self.tail)
 
     def transaction(self):
         """MAIL, RCPT, DATA or BDAT, and the message.  Returns the Report, or
@@ -2753,14 +2952,20 @@ class Session:
             # QUIT rides with the dot; not over TLS, where nobody could tell
             # which of the two is out when the line fails between them.
             end, self.said_quit = end + QUIT, True
+        self.screen.transfer()
         try:
             for block in wire_form(self.message.blocks()):
                 self.send_part(last)
                 last = block
             self.send_part(last + end, end)
             self.data_ended = True
+            self.tell(Screen.REMARK, b'message: %d bytes' %
+                      (self.sent - len(end)))
+            self.tell(Screen.SENT, end)
         except Lost as lost:
             reply = self.line.last_words()
+            if reply is not None:
+                self.tell(Screen.HEARD, reply.text)
             if reply is not None and self.data_ended:
                 return self.verdict(reply)
             if reply is None or reply.kind() < 4:
@@ -2768,7 +2973,7 @@ class Session:
             return self.early(reply)
         except EarlyReply as early:
             return self.early(early.reply)
-        return self.verdict(self.line.reply(self.timeout))
+        return self.verdict(self.reply())
 
     def verdict(self, reply, temporary_codes=()):
         """What the server says to the end of the data.  221 answers QUIT,
@@ -2797,7 +3002,7 @@ class Session:
                 to = len(view)
             is_end = bool(end) and to == len(view)
             if self.line.heard():
-                raise EarlyReply(self.line.reply(self.timeout))
+                raise EarlyReply(self.reply())
             try:
                 whole = self.line.send(view[at:to], self.timeout, True)
             except Lost as lost:
@@ -2806,7 +3011,10 @@ class Session:
             # Stopped by a reply.  If only (some of) QUIT is left, the dot is
             # out, and that is the reply to it.
             if not whole and (not is_end or self.line.unsent > len(end) - 3):
-                raise EarlyReply(self.line.reply(self.timeout))
+                raise EarlyReply(self.reply())
+            self.sent += to - at
+            self.screen.progress(self.sent, (self.message.noted or
+                                             (self.message.size,))[0])
 
     def early(self, reply):
         """A refusal in mid-message.  No QUIT: it would be message text."""
@@ -2924,10 +3132,11 @@ class Session:
 class World(Value):
     """What a delivery needs from outside: resolver (ask()), own (whether an
     address is this host's), tcpto, connect (address, port, seconds -> a
-    socket), line (socket -> a Line), message (check(), blocks()) and
-    tls_control (name -> a TlsControl)."""
+    socket), line (socket -> a Line), message (check(), blocks()),
+    tls_control (name -> a TlsControl), tls_context (TlsPolicy, TlsControl
+    -> an SSLContext), tickets (see Session; or None) and screen."""
     __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message',
-                 'tls_control')
+                 'tls_control', 'tls_context', 'tickets', 'screen')
 
 
 def real_world(control, message_closed):
@@ -2938,11 +3147,20 @@ def real_world(control, message_closed):
         resolv_conf = None
     config = parse_resolv_conf(resolv_conf,
                                os.environ.get(b'DNSCACHEIP', b''))
+    screen = NOBODY
+    if os.isatty(2):
+        screen = Screen(2, wait)
+        screen.colour()
+
+    def connect_from(address, port, seconds):
+        return connect(address, port, seconds,
+                       control.outgoingip.get(family_of(address)))
     return World(
-        Resolver(config, wait, time.monotonic),
+        Resolver(config, wait, time.monotonic, screen),
         OwnAddresses(control.moreipme, control.notipme, is_local),
-        TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect, Line,
-        Message(0, message_closed, control.timeoutremote), read_tls_control)
+        TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect_from,
+        Line, Message(0, message_closed, control.timeoutremote),
+        read_tls_control, tls_context, None, screen)
 
 
 def deliver(host, sender, recipients, control, world):
@@ -2956,13 +3174,14 @@ def deliver(host, sender, recipients, control, world):
     if not any(envelope.recipients):
         raise Report(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
     route = choose_route(host, sender, control)
+    world.screen.say(Screen.REMARK, route_words(host, sender, route, control))
     servers, more = find_servers(host, route, world.resolver, world.own)
     world.message.check()
     return try_servers(servers, not more, lambda server: try_server(
-        server, route, envelope, control, world))
+        server, route, envelope, control, world), world.screen)
 
 
-def try_servers(servers, complete, attempt):
+def try_servers(servers, complete, attempt, screen=NOBODY):
     """The Report of the first server that attempt() gets one from; if none
     is left, the refusal of the most preferred one that answered.  That is
     permanent only if all servers are known (complete) and each refused the
@@ -2974,6 +3193,7 @@ def try_servers(servers, complete, attempt):
             break
         except NextServer as failure:
             failures.append((server.address, failure))
+            screen.say(Screen.REMARK, server.address + b': ' + failure.note)
     tried = len(failures)
     if report is not None:
         tried += 1
@@ -3009,11 +3229,13 @@ def try_server(server, route, envelope, control, world):
         session = Session(
             open_line(server, control, world), server, control, envelope,
             route.credentials, world.message, tls,
-            lambda policy: tls_context(policy, tls_control))
+            lambda policy: world.tls_context(policy, tls_control),
+            world.screen)
         try:
             return session.run()
         except TlsFailed as failed:
             failure = failed
+        world.screen.say(Screen.REMARK, b'TLS failed: ' + failure.reason)
         hint = tls_hint(tls, server.port, password, server.name)
         tls = second_policy(tls, failure, server.port, password)
         if tls is None:
@@ -3025,6 +3247,8 @@ def try_server(server, route, envelope, control, world):
 def open_line(server, control, world):
     """A Line to the server; raises NextServer."""
     address = server.address
+    world.screen.say(Screen.REMARK, b'server: %s, port %d (%s)' % (
+        address, server.port, server.name))
     if world.tcpto.skip(address):
         raise NextServer(None, b'timed out before, not tried (qmail-tcpto)')
     try:

@@ -21,6 +21,7 @@ import importlib.util
 import itertools
 import os
 import platform
+import pty
 import py_compile
 import random
 import re
@@ -193,6 +194,7 @@ class FakeSMTP:
         self._scripts = [self._parse(text) for text in scripts]
         self.transcript, self.commands, self.messages = [], [], []
         self.connections, self.error = 0, None
+        self.callers = []
         self._buffer, self._sock, self._over = b'', None, None
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
@@ -260,7 +262,8 @@ class FakeSMTP:
             ready = select.select([self._listener, self._wake], [], [])[0]
             if self._listener not in ready:
                 return
-            self._sock = self._listener.accept()[0]
+            self._sock, caller = self._listener.accept()
+            self.callers.append(caller[0])
             self._sock.setblocking(False)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._buffer = b''
@@ -1235,9 +1238,16 @@ def control_files(**fields):
     """A Control without any control file but me, or with these fields."""
     default = dict(helohost=ME, timeoutconnect=5, timeoutremote=5,
                    smtproutes={}, authsenders={}, moreipme=[],
-                   notipme=[])
+                   notipme=[], outgoingip={})
     default.update(fields)
     return value_of(qr.Control, **default)
+
+
+def world_of(**fields):
+    """A World without what is not named, and with nobody looking on."""
+    default = dict(screen=qr.NOBODY, tls_context=qr.tls_context)
+    default.update(fields)
+    return value_of(qr.World, **default)
 
 
 # Control files
@@ -3380,7 +3390,8 @@ class TimedOutServers(Tables):
         def connect(address, port, seconds):
             if outcome:
                 raise outcome
-        server = value_of(qr.Server, address=self.HERE, port=25)
+        server = value_of(qr.Server, address=self.HERE, port=25,
+                          name=self.HERE)
         for skipped, outcome, calls, note in (
                 (True, None, [],
                  b'timed out before, not tried (qmail-tcpto)'),
@@ -3392,7 +3403,7 @@ class TimedOutServers(Tables):
                 (False, OSError(errno.ENETUNREACH, 'no'), ['answered'],
                  b'network is unreachable')):
             noted = Noted(skipped)
-            world = value_of(qr.World, tcpto=noted, connect=connect,
+            world = world_of(tcpto=noted, connect=connect,
                              line=lambda sock: None)
             with self.subTest(repr((skipped, outcome))):
                 try:
@@ -4268,7 +4279,7 @@ class Trying(Tables):
                 self.check((want, tried), self.attempt, complete, *outcomes)
 
     def test_recipients_are_kept(self):
-        server = value_of(qr.Server, address=b'1', port=25)
+        server = value_of(qr.Server, address=b'1', port=25, name=b'1')
         report = qr.try_servers([server], True,
                                 lambda server: qr.Report(b'K', [b'r', b's']))
         self.assertEqual([b'r', b's'], report.recipients)
@@ -4318,8 +4329,8 @@ class Trying(Tables):
                         qr.Server(b'192.0.2.1', 26, b'h', [], None),
                         qr.Route(None, None, None),
                         value_of(qr.Envelope, sender=b'', recipients=[b'a']),
-                        control_files(), value_of(
-                            qr.World, tcpto=TcpToNotes(skipped),
+                        control_files(), world_of(
+                            tcpto=TcpToNotes(skipped),
                             connect=connect, line=qr.Line,
                             tls_control=lambda name: qr.TlsControl(
                                 None, False, None, b'')))
@@ -4340,7 +4351,7 @@ class Trying(Tables):
         def deliver(host, sender, *recipients):
             return qr.output_of(qr.deliver(
                 host, sender, list(recipients), control_files(),
-                value_of(qr.World, resolver=Zone({'h A': ['192.0.2.1']}),
+                world_of(resolver=Zone({'h A': ['192.0.2.1']}),
                          own=lambda address: False, tcpto=None,
                          connect=never, message=Partial())))
 
@@ -5145,8 +5156,10 @@ class FuzzCase(FuzzClock):
 
     def run(self):
         """The letter of the message report.  Raises Violation."""
-        world = qr.World(self, self.own, self, self.connect, self.line,
-                         self.reader, self.tls_control)
+        world = world_of(
+            resolver=self, own=self.own, tcpto=self, connect=self.connect,
+            line=self.line, message=self.reader,
+            tls_control=self.tls_control)
         start = self.now
         try:
             report = qr.deliver(self.host, self.sender[0],
@@ -7831,6 +7844,272 @@ class Process(unittest.TestCase):
         child.stderr.close()
 
 
+# ------------------------------------------------------------ A terminal
+
+def on_terminal(home, *args, term='dumb', dns=None, message=MESSAGE,
+                env=None):
+    """(what appears on a terminal that is fd 2, without its CRs; the
+    Outcome)."""
+    ours, theirs = pty.openpty()
+    seen = []
+
+    def read():
+        try:
+            while True:
+                seen.append(os.read(ours, 65536))
+        except OSError:             # EIO: the last one has left
+            pass
+    reader = threading.Thread(target=read)
+    reader.start()
+    stderr = os.dup(theirs)
+    os.close(theirs)
+    environment = {'QMAILHOME': home.path, 'TERM': term,
+                   'PATH': os.environ.get('PATH', '/usr/bin:/bin'),
+                   'DNSCACHEIP': dns or '127.0.0.1:1'}
+    environment.update(env or {})
+    try:
+        with tempfile.TemporaryFile() as body:
+            body.write(message)
+            body.seek(0)
+            child = subprocess.Popen(
+                [sys.executable, '-IS', PROGRAM] + list(args), stdin=body,
+                env=environment, stdout=subprocess.PIPE, stderr=stderr)
+            os.close(stderr)
+            output = child.communicate(timeout=30)[0]
+    finally:
+        reader.join(10)
+        os.close(ours)
+    text = b''.join(seen).replace(b'\r\n', b'\n')
+    return text, Outcome(child.returncode, output, b'', 0)
+
+
+class Terminal(unittest.TestCase):
+    """What somebody sees who runs it by hand (fd 2 is a terminal)."""
+
+    maxDiff = None
+
+    def test_the_way_of_a_message(self):
+        """DNS, the choices, the dialogue."""
+        with FakeDNS({('x.example', 'MX'): [(10, 'a.x.example'),
+                                            (20, 'b.x.example')],
+                      ('a.x.example', 'A'): ['127.0.0.1'],
+                      ('b.x.example', 'A'): ['127.0.0.1']}) as dns, \
+                FakeSMTP('S: 220 hi\nC: EHLO *\nS: 250-there\n'
+                         'S: 250 PIPELINING\nC: MAIL *\nC: RCPT *\nC: DATA\n'
+                         'S: 250 ok\nS: 250 ok\nS: 354 go\nD:\n'
+                         'S: 250 taken\nQ:') as server:
+            port = server.address.rpartition(':')[2]
+            with Home(smtproutes=b'x.example::' + port.encode(),
+                      notipme=b'127.0.0.0/8') as home:
+                seen, outcome = on_terminal(
+                    home, 'x.example', 's@me.example', 'r@x.example',
+                    dns=dns.dns)
+        self.assertEqual('K', outcome.verdict)
+        wanted = '''\
+--- route: the mail exchangers of x.example, port %s (control/smtproutes)
+--- DNS: x.example MX: 10 a.x.example, 20 b.x.example
+--- DNS: a.x.example A: 127.0.0.1
+--- DNS: a.x.example AAAA: none
+--- DNS: b.x.example A: 127.0.0.1
+--- DNS: b.x.example AAAA: none
+--- server: 127.0.0.1, port %s (a.x.example)
+<<< 220 hi
+>>> EHLO me.example
+<<< 250-there
+<<< 250 PIPELINING
+>>> MAIL FROM:<s@me.example>
+>>> RCPT TO:<r@x.example>
+>>> DATA
+<<< 250 ok
+<<< 250 ok
+<<< 354 go
+--- message: %d bytes
+>>> .
+>>> QUIT
+<<< 250 taken
+''' % (port, port, len(MESSAGE) + MESSAGE.count(b'\n'))
+        got = seen.decode().splitlines(True)
+        asked = [at for at, line in enumerate(got)
+                 if re.match('--- DNS: [ab]', line)]
+        got[asked[0]:asked[-1] + 1] = sorted(got[asked[0]:asked[-1] + 1])
+        self.assertEqual(wanted, ''.join(got))
+
+    def test_no_server_and_no_name(self):
+        with FakeDNS({('x.example', 'MX'): [(10, 'a.x.example')],
+                      ('a.x.example', 'CNAME'): ['c.x.example'],
+                      ('c.x.example', 'A'): ['127.0.0.9']}) as dns, \
+                Home(smtproutes=b'x.example::1',
+                     notipme=b'127.0.0.0/8') as home:
+            seen, _ = on_terminal(home, 'x.example', '', 'r@x.example',
+                                  dns=dns.dns)
+            self.assertIn(b'--- DNS: a.x.example A: 127.0.0.9, of '
+                          b'c.x.example\n', seen)
+            self.assertTrue(seen.endswith(
+                b'--- 127.0.0.9: connection refused\n'), seen)
+            seen, _ = on_terminal(home, 'y.example', '', 'r@y.example',
+                                  dns=dns.dns)
+            self.assertIn(b'MX: no such name\n', seen)
+            seen, _ = on_terminal(home, 'y.example', '', 'r@y.example')
+            self.assertIn(b'MX: no answer for now\n', seen)
+
+    def test_secrets_never_appear(self):
+        """Nor what they look like on the wire, sent or echoed."""
+        password = b'a secret word'
+        for method, rest in (
+                ('PLAIN', 'C: AUTH PLAIN *\nS: 535 AUTH PLAIN %s?' %
+                 qr.base64(b'\0user\0' + password).decode()),
+                ('LOGIN', 'C: AUTH LOGIN\nS: 334 x\nC: *\nS: 334 y\nC: *\n'
+                 'S: 535 a secret word?'),
+                ('CRAM-MD5', 'C: AUTH CRAM-MD5\nS: 334 PDFAeD4=\nC: *\n'
+                 'S: 535 no')):
+            with FakeSMTP('S: 220 hi\nC: EHLO *\nS: 250-there\nS: 250 AUTH '
+                          '%s\n%s\nQ:' % (method, rest)) as server:
+                with self.subTest(method), \
+                        Home(authsenders=b':' + server.address.encode() +
+                             b'|user|' + password) as home:
+                    seen, outcome = on_terminal(home, 'x.example', 's@x',
+                                                'r@x.example')
+            self.assertIn('authentication was rejected', str(outcome.reports))
+            self.assertIn(b'with a password (control/authsenders)', seen)
+            self.assertIn(b'>>> AUTH ' + method.encode(), seen)
+            sent = b'\n'.join(server.commands[1:])
+            self.assertNotEqual([], re.findall(b'[A-Za-z0-9+/=]{16,}', sent))
+            for secret in [password, b'secret', b'user'] + re.findall(
+                    b'[A-Za-z0-9+/=]{16,}', sent):
+                self.assertNotIn(secret, seen)
+
+    def test_colours(self):
+        """If the terminal has them and NO_COLOR does not forbid them."""
+        with Home() as home:
+            for term, no_color, wanted in (
+                    ('xterm-256color', '', True), ('dumb', '', False),
+                    ('vt100', '', False), ('no such terminal', '', False),
+                    ('xterm-256color', '1', False)):
+                with self.subTest((term, no_color)), \
+                        FakeSMTP('S: 550 no\nQ:') as server:
+                    home.write('smtproutes',
+                               b':' + server.address.encode())
+                    seen, _ = on_terminal(
+                        home, 'x.example', '', 'r@x.example', term=term,
+                        env={'NO_COLOR': no_color})
+                    self.assertIn(b'<<< 550 no', seen)
+                    self.assertEqual(wanted, b'\x1b' in seen, seen)
+
+    def test_no_byte_plays_tricks(self):
+        """A server cannot send the terminal commands."""
+        with FakeSMTP(r's: 220 \x1b]0;evil\x07 \x9b2J\t\u00e4\r\r\n'
+                      '\nC: *\nS: 550 \x7f\nC: *\nS: 550 no\nQ:') as server, \
+                Home(smtproutes=b':' + server.address.encode()) as home:
+            seen, _ = on_terminal(home, 'x.example', '', 'r@x.example')
+        self.assertIn(br'<<< 220 \x1b]0;evil\x07 ', seen)
+        self.assertEqual(b'', seen.translate(None, bytes(range(32, 127)) +
+                                             b'\n'))
+
+    def test_progress(self):
+        """On one line, now and then, and only if it takes long."""
+        clock, ours = VirtualClock(), os.pipe()
+        screen = qr.Screen(ours[1], lambda *_: None, clock)
+        screen.transfer()
+        for after, sent, size in (
+                (0.9, 10, 4000000),             # not long yet
+                (0.2, 1000000, 4000000), (0.1, 1100000, 4000000),
+                (0.2, 2000000, 4000000), (0.3, 3000000, None),
+                (0.3, 4100000, 4000000)):       # an estimate
+            clock.now += after
+            screen.progress(sent, size)
+        screen.say(screen.SENT, b'.')
+        os.close(ours[1])
+        with open(ours[0], 'rb') as pipe:
+            lines = [line.rstrip() for line in pipe.read().split(b'\r')]
+        self.assertEqual(
+            [b'', b'--- message: 1.0 MB of 4.0 MB, 25 %',
+             b'--- message: 2.0 MB of 4.0 MB, 50 %', b'--- message: 3.0 MB',
+             b'--- message: 4.1 MB of 4.0 MB, 100 %'],
+            lines[:-1] + [lines[-1].split(b'\n')[0].rstrip()])
+        self.assertTrue(lines[-1].endswith(b'\n>>> .'))
+
+    def test_a_terminal_that_takes_nothing(self):
+        """It is given up, not waited for; nor does one that is gone harm."""
+        def full(reading, writing, deadline):
+            raise qr.TimedOut()
+        ours = os.pipe()
+        for wait in (full, lambda *_: os.close(ours[1])):
+            screen = qr.Screen(ours[1], wait)
+            screen.say(screen.SENT, b'EHLO x')
+            self.assertIsNone(screen.fd)
+            screen.say(screen.SENT, b'more')
+            screen.progress(1, 2)
+        os.close(ours[0])
+
+
+class OutgoingAddress(Tables):
+    """control/outgoingip."""
+
+    def test_the_file(self):
+        four, six = socket.AF_INET, socket.AF_INET6
+
+        def parse(data):
+            try:
+                return qr.parse_outgoing(data)
+            except qr.Report as report:
+                return report.text
+        for data, wanted in (
+                (None, {}), (b'', {}), (b'# none\n\n', {}),
+                (b'192.0.2.1\n', {four: b'192.0.2.1'}),
+                (b'[192.0.2.1] \n2001:DB8::0:1',
+                 {four: b'192.0.2.1', six: b'2001:db8::1'}),
+                (b'[2001:db8::1]', {six: b'2001:db8::1'}),
+                (b'192.0.2.1/24', self.problem('192.0.2.1/24', 'no IP addr'
+                                               'ess')),
+                (b'192.0.2.\n', self.problem('192.0.2.', 'no IP address')),
+                (b'host\x1b.example\n',
+                 self.problem('host?.example', 'no IP address')),
+                (b'192.0.2.1\n192.0.2.2\n',
+                 self.problem('192.0.2.2', 'one of each kind is enough')),
+                (b'::1\n::2\n',
+                 self.problem('::2', 'one of each kind is enough'))):
+            self.check(wanted, parse, data)
+
+    def problem(self, address, why):
+        return ('ZI cannot send from %s, which is in control/outgoingip: %s. '
+                '(#4.3.0)\n' % (address, why)).encode()
+
+    def run_from(self, source):
+        """(the Outcome, who connected)."""
+        with FakeSMTP('S: 550 no\nQ:') as server, \
+                Home(smtproutes=b':' + server.address.encode(),
+                     outgoingip=source) as home:
+            outcome = run_program(home, 'x.example', '', 'r@x.example')
+            return outcome, server.callers
+
+    def test_is_where_connections_come_from(self):
+        for source in b'127.0.0.77', b'127.0.0.78\n::1':
+            outcome, callers = self.run_from(source)
+            self.assertEqual([source.split(b'\n')[0].decode()], callers)
+        outcome, callers = self.run_from(b'2001:db8::1')    # not asked for
+        self.assertEqual(['127.0.0.1'], callers)
+
+    def test_of_its_own_family(self):
+        if not has_ipv6():
+            self.skipTest('no IPv6')
+        with FakeSMTP('S: 550 no\nQ:', host='::1') as server, \
+                Home(smtproutes=b':' + server.address.encode(),
+                     outgoingip=b'127.0.0.77\n::1\n') as home:
+            outcome = run_program(home, 'x.example', '', 'r@x.example')
+        self.assertEqual(['::1'], server.callers)
+
+    def test_not_ours_or_no_address(self):
+        """Deferred, and nobody is called; the report names the address."""
+        for source, why in ((b'192.0.2.1', 'not an address of this host'),
+                            (b'224.0.0.1', 'not an address of this host'),
+                            (b'one', 'no IP address')):
+            with self.subTest(source):
+                outcome, callers = self.run_from(source)
+                self.assertEqual([], callers)
+                self.assertEqual([self.problem(source.decode(), why)],
+                                 outcome.reports)
+
+
 # ------------------------------------------------------------ Fault matrix
 # Faults that no dialogue above has, one a line, through the real process;
 # each run ends within the bound that the timeouts give.
@@ -8431,9 +8710,11 @@ class Here:
                     HOST.encode(), SENDER.encode(),
                     [x.encode() for x in recipients],
                     control_files(smtproutes={b'': route}),
-                    qr.World(None, lambda address: False, self, connect,
-                             qr.Line, qr.Message(body.fileno()),
-                             lambda name: value_of(qr.TlsControl)))
+                    world_of(own=lambda address: False, tcpto=self,
+                             connect=connect, line=qr.Line,
+                             message=qr.Message(body.fileno()),
+                             tls_control=lambda name:
+                             value_of(qr.TlsControl)))
             except qr.Report as caught:
                 report = caught
         return [x.decode() for x in qr.output_of(report).split(b'\0')[:-1]]
@@ -9162,7 +9443,7 @@ class Survey(Tables):
             session.line.sock.send = lambda data: sent.append(
                 bytes(data)) or min(take(data), len(data))
             session.verdict = lambda reply: None
-            session.line.reply = lambda seconds: None
+            session.line.reply = lambda seconds: qr.Reply(250, b'')
             session.transfer()
             self.assertTrue(sent[-1].endswith(b'.\r\nQUIT\r\n'), sent[-1])
             self.assertEqual(size + len(b'.\r\nQUIT\r\n'),
@@ -9660,8 +9941,8 @@ class TlsTables(Tables):
                 (None, False, b'TLSA lookup failed'),
                 (PEM_FILE, False, skipped), (None, True, skipped),
                 (PEM_FILE, True, skipped)):
-            world = value_of(
-                qr.World, tcpto=Skipping(), tls_control=lambda name:
+            world = world_of(
+                tcpto=Skipping(), tls_control=lambda name:
                 qr.TlsControl(pem_data, never, None, b''))
             with self.assertRaises(qr.NextServer) as caught:
                 qr.try_server(qr.Server(b'127.0.0.2', 25, b'mx.example',
