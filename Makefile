@@ -5,6 +5,7 @@ DESTDIR =
 PREFIX = /usr/local
 BINDIR = $(PREFIX)/bin
 LIBDIR = $(PREFIX)/lib/qmail-remote
+MANDIR = $(PREFIX)/share/man
 QMAIL_HOME = /var/qmail
 
 help:
@@ -17,10 +18,15 @@ help:
 	@echo '                that program'
 	@echo 'make install    as root: the program with its bytecode, which'
 	@echo '                starts in a third of the time, beside any qmail'
-	@echo 'make uninstall  undoes that'
+	@echo 'make install-qmail'
+	@echo '                the same, and puts it in the place of qmail-remote'
+	@echo '                in QMAIL_HOME/bin; the old one is saved there'
+	@echo 'make uninstall  undoes either'
+	@echo 'make qmail-remote.8'
+	@echo '                the manual page'
 	@echo 'make clean      removes what a run without -B left behind'
 	@echo 'PYTHON=pypy3 takes another Python; install also knows DESTDIR,'
-	@echo 'PREFIX, BINDIR, LIBDIR and QMAIL_HOME.'
+	@echo 'PREFIX, BINDIR, LIBDIR, MANDIR and QMAIL_HOME.'
 
 # -B: leave no __pycache__.
 check:
@@ -37,6 +43,11 @@ fuzz:
 
 bench:
 	@PEER='$(PEER)' $(PYTHON) -B test_qmail_remote.py bench
+
+# The manual in the program is its only source.
+qmail-remote.8: qmail_remote.py test_qmail_remote.py
+	$(PYTHON) -B test_qmail_remote.py manual >qmail-remote.8.new
+	mv qmail-remote.8.new qmail-remote.8
 
 # The installed file names its interpreter by an absolute path, and has been
 # run by it before it takes the place of another.  The bytecode is only for
@@ -58,13 +69,52 @@ install:
 	    dfile="$(LIBDIR)/qmail_remote.py", doraise=True)' && \
 	chmod 644 __pycache__/qmail_remote.*
 	ln -sf '$(LIBDIR)/qmail_remote.py' '$(DESTDIR)$(BINDIR)/qmail_remote.py'
+	umask 022; page='$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'; \
+	mkdir -p '$(DESTDIR)$(MANDIR)/man8' && \
+	$(PYTHON) -B test_qmail_remote.py manual >"$$page.new" && \
+	chmod 644 "$$page.new" && mv "$$page.new" "$$page"
 	@echo 'Now let qmailr run it, before qmail does: README, section 3.'
 
+# In the place of qmail's own program, by rename: a delivery finds the one or
+# the other, for qmail bounces mail if there is none.  What is ours already,
+# under whatever PREFIX, is not saved over the old one.  qmailr runs it first.
+install-qmail: install
+	@umask 022; link='$(LIBDIR)/qmail_remote.py'; \
+	cd '$(DESTDIR)$(QMAIL_HOME)/bin' || exit 1; \
+	if [ -z '$(DESTDIR)' ] && [ "$$(uname)" = Linux ] && \
+	    [ "$$(id -u)" = 0 ] && id qmailr >/dev/null 2>&1; then \
+	    su -s /bin/sh qmailr -c "'$$link'" </dev/null | \
+	        grep '^DI (qmail-remote)' >/dev/null || \
+	        { echo "qmailr cannot run $$link; nothing is changed." >&2; \
+	        exit 1; }; \
+	fi; \
+	rm -f qmail-remote.new qmail-remote.classic.new && \
+	if [ -e qmail-remote ] && \
+	    ! grep '^LC_ALL=C .* -ISB -X under_sh ' qmail-remote >/dev/null; then \
+	    cp -p qmail-remote qmail-remote.classic.new && \
+	    mv qmail-remote.classic.new qmail-remote.classic; \
+	fi && \
+	ln -s "$$link" qmail-remote.new && mv qmail-remote.new qmail-remote && \
+	echo "$$(pwd)/qmail-remote is now a link to $$link."
+
+# First the old program comes back, then ours goes.
 uninstall:
+	@link='$(LIBDIR)/qmail_remote.py'; \
+	if cd '$(DESTDIR)$(QMAIL_HOME)/bin' 2>/dev/null && \
+	    [ "$$(readlink qmail-remote)" = "$$link" ]; then \
+	    if [ -e qmail-remote.classic ]; then \
+	        mv qmail-remote.classic qmail-remote && \
+	        echo "$$(pwd)/qmail-remote is the old one again."; \
+	    else \
+	        rm qmail-remote && \
+	        echo "$$(pwd)/qmail-remote is gone; there was none before."; \
+	    fi; \
+	fi
+	rm -f '$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'
 	rm -f '$(DESTDIR)$(BINDIR)/qmail_remote.py'
 	rm -rf '$(DESTDIR)$(LIBDIR)'
 
 clean:
-	rm -rf __pycache__
+	rm -rf __pycache__ qmail-remote.8 qmail-remote.8.new
 
-.PHONY: help check demo fuzz bench install uninstall clean
+.PHONY: help check demo fuzz bench install install-qmail uninstall clean

@@ -22,6 +22,7 @@ import itertools
 import os
 import platform
 import pty
+import pwd
 import py_compile
 import random
 import re
@@ -8594,7 +8595,8 @@ class Start(unittest.TestCase):
                 ['bin/qmail_remote.py', os.path.relpath(
                     importlib.util.cache_from_source(os.path.join(
                         library, 'qmail_remote.py')), '.'),
-                 os.path.join(library, 'qmail_remote.py')], files)
+                 os.path.join(library, 'qmail_remote.py'),
+                 'share/man/man8/qmail_remote.py.8'], files)
             subprocess.check_call(command + ['uninstall'], cwd=HERE)
             self.assertEqual([], [name for _, _, names in os.walk(prefix)
                                   for name in names])
@@ -8610,6 +8612,138 @@ class Start(unittest.TestCase):
             env={'PATH': self.bin + ':/usr/bin:/bin', 'LC_ALL': 'POSIX'})
         self.assertEqual((0, b'C -ISB -X under_sh '),
                          (outcome.status, outcome.output))
+
+
+def manual_page(text):
+    """The manual as a man(7) page.  A paragraph whose lines all begin in
+    the same column of prose is filled; all else keeps its lines."""
+    page = ['.TH QMAIL-REMOTE 8 2026-11-24 qmail_remote.py']
+    for block in text.rstrip('\n').split('\n\n'):
+        lines = block.split('\n')
+        if not lines[0].startswith(' '):
+            page.append('.SH ' + lines.pop(0))
+        elif page[-1][:4] != '.SH ':
+            page.append('.PP')
+        lines = [roff(line[4:]) for line in lines]
+        if any(line.startswith(' ') for line in lines):
+            lines = ['.nf'] + lines + ['.fi']
+        page += lines
+    return '\n'.join(page) + '\n'
+
+
+def roff(line):
+    """A line as roff wants it, to appear byte for byte."""
+    line = line.replace('\\', '\\e').replace('-', '\\-')
+    line = line.replace("'", '\\(aq').replace('^', '\\(ha')
+    line = line.replace('`', '\\(ga').replace('~', '\\(ti')
+    return '\\&' + line if line.startswith('.') else line
+
+
+def sections(text):
+    """{heading: its words} of a manual, as text."""
+    found, heading = {}, None
+    for line in text.split('\n'):
+        if re.match('[A-Z][A-Z ]+$', line):
+            heading = line.strip()
+            found[heading] = []
+        elif heading and line.startswith(' '):
+            found[heading] += line.split()
+    return found
+
+
+class ManualPage(unittest.TestCase):
+    """make qmail-remote.8"""
+
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.page = manual_page(qr.__doc__).encode()
+
+    def render(self, *command):
+        """(what a program makes of the page, its complaints)."""
+        find_program(command[0])
+        done = subprocess.run(command, input=self.page, timeout=30,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return re.sub(b'.\b|\x1b\\[[0-9;]*m', b'', done.stdout), done.stderr
+
+    def test_nothing_to_complain_of(self):
+        self.assertEqual((b'', b''), self.render('mandoc', '-Tlint'))
+        self.assertEqual((b'', b''),
+                         self.render('groff', '-man', '-ww', '-z'))
+
+    def test_nothing_is_lost(self):
+        """Word for word, and examples line for line."""
+        wanted = sections(qr.__doc__)
+        self.assertEqual(['NAME', 'SYNOPSIS'], list(wanted)[:2])
+        examples = [line.strip() for line in qr.__doc__.split('\n')
+                    if line.startswith(12 * ' ')]
+        for command in (['mandoc', '-Tascii'],
+                        ['groff', '-man', '-Tascii', '-P-c', '-rHY=0',
+                         '-rLL=78n']):
+            with self.subTest(command):
+                text = self.render(*command)[0].decode('ascii')
+                self.assertEqual(wanted, sections(text))
+                lines = [line.strip() for line in text.split('\n')]
+                for line in examples:
+                    self.assertIn(line, lines)
+
+
+class InQmail(unittest.TestCase):
+    """make install-qmail, and the way back."""
+
+    def make(self, program, root, *words):
+        done = subprocess.run(
+            [find_program(program), '-s'] + list(words) +
+            ['DESTDIR=' + root, 'PREFIX=/opt', 'QMAIL_HOME=/var/q',
+             'PYTHON=' + sys.executable], cwd=HERE, timeout=60,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout.decode()
+
+    def test_there_and_back(self):
+        """The old program is saved once, with its mode, and comes back."""
+        for program in 'make', 'bmake':
+            with self.subTest(program), \
+                    tempfile.TemporaryDirectory() as root:
+                home = os.path.join(root, 'var/q/bin')
+                place = os.path.join(home, 'qmail-remote')
+                self.assertNotEqual(
+                    0, self.make(program, root, 'install-qmail')[0])
+                os.makedirs(home)
+                with open(place, 'wb') as f:
+                    f.write(b'the old one')
+                os.chmod(place, 0o711)
+                for _ in range(2):      # twice: the old one stays saved
+                    status, said = self.make(program, root, 'install-qmail')
+                    self.assertEqual(0, status, said)
+                    self.assertEqual('/opt/lib/qmail-remote/qmail_remote.py',
+                                     os.readlink(place))
+                real = root + os.readlink(place)
+                self.assertEqual(0o755, os.stat(real).st_mode & 0o7777)
+                page = os.path.join(root,
+                                    'opt/share/man/man8/qmail_remote.py.8')
+                with open(page, 'rb') as f:
+                    self.assertEqual(manual_page(qr.__doc__).encode(), f.read())
+                self.assertEqual(
+                    ['qmail-remote', 'qmail-remote.classic'],
+                    sorted(os.listdir(home)))
+                self.assertEqual(0, self.make(program, root, 'uninstall')[0])
+                self.assertEqual(['qmail-remote'], os.listdir(home))
+                with open(place, 'rb') as f:
+                    self.assertEqual(b'the old one', f.read())
+                self.assertEqual(0o711, os.stat(place).st_mode & 0o7777)
+                self.assertFalse(os.path.exists(page))
+                self.assertFalse(os.path.exists(real))
+
+    def test_there_was_none(self):
+        with tempfile.TemporaryDirectory() as root:
+            home = os.path.join(root, 'var/q/bin')
+            os.makedirs(home)
+            self.make('make', root, 'install-qmail')
+            self.assertEqual(['qmail-remote'], os.listdir(home))
+            _, said = self.make('make', root, 'uninstall')
+            self.assertIn('there was none before', said)
+            self.assertEqual([], os.listdir(home))
 
 
 # ------------------------------------------------------------ ESMTP
@@ -11910,6 +12044,88 @@ class UnboundTest(unittest.TestCase):
             [b'127.0.3.%d' % i for i in range(1, 21)])
 
 
+class RspawnTest(unittest.TestCase):
+    """The qmail-rspawn of a notqmail (1.08 or later) at $QMAIL_HOME, run as
+    qmailr as qmail-start does.  It takes root, writes one message into that
+    queue for a moment, and clears its tcpto."""
+
+    ANSWERS = (
+        ('''S: 220 hi\nC: EHLO *\nS: 250 hi\nC: MAIL *\nS: 250 ok
+         C: RCPT *\nS: 250 ok\nC: DATA\nS: 354 go\nD:\nS: 250 taken
+         Q:''', b'K127.0.0.1 accepted message.\n'
+         b'Remote host said: 250 taken\n'),
+        ('''S: 220 hi\nC: EHLO *\nS: 250 hi\nC: MAIL *\nS: 250 ok
+         C: RCPT *\nS: 550 nobody\nQ:''',
+         b'D127.0.0.1 does not like recipient.\nRemote host said: 550 '
+         b'nobody\nGiving up on 127.0.0.1.\n'),
+        ('''S: 220 hi\nC: EHLO *\nS: 250 hi\nC: MAIL *\nS: 250 ok
+         C: RCPT *\nS: 450 later\nQ:''',
+         b'Z127.0.0.1 does not like recipient.\nRemote host said: 450 '
+         b'later\nGiving up on 127.0.0.1.\n'),
+        ('hang', b'ZConnected to 127.0.0.1 but connection died. (#4.4.2)\n'))
+
+    def setUp(self):
+        self.qmail = os.environ.get('QMAIL_HOME')
+        if not self.qmail or os.getuid():
+            self.skipTest('no $QMAIL_HOME, or not root')
+        self.place = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.place)
+        os.chmod(self.place, 0o755)
+        self.program = os.path.join(self.place, 'qmail_remote.py')
+        shutil.copy(PROGRAM, self.program)
+        os.chmod(self.program, 0o755)
+        self.message = os.path.join(self.qmail, 'queue/mess/0/999999937')
+        with open(self.message, 'wb') as f:
+            f.write(MESSAGE)
+        self.addCleanup(os.unlink, self.message)
+        owner = os.stat(os.path.join(self.qmail, 'queue/mess'))
+        os.chown(self.message, owner.st_uid, owner.st_gid)
+        os.chmod(self.message, 0o644)
+
+    def spawn(self, home):
+        user = pwd.getpwnam('qmailr')
+
+        def become_qmailr():
+            os.setgroups([])
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+            os.umask(0o77)
+        # Who may not execute a file can be given it by an open descriptor.
+        program = os.open(os.path.join(self.qmail, 'bin/qmail-rspawn'),
+                          os.O_RDONLY)
+        self.addCleanup(os.close, program)
+        return subprocess.Popen(
+            ['/proc/self/fd/%d' % program], pass_fds=[program],
+            preexec_fn=become_qmailr, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={'QMAILREMOTE': self.program, 'QMAILHOME': home.path,
+                 'PATH': bin_with_python3() + ':/usr/bin:/bin'})
+
+    def test_verdicts(self):
+        servers = [FakeSMTP(script.replace('\n         ', '\n'))
+                   for script, _ in self.ANSWERS]
+        routes = '\n'.join('h%d.example:%s' % (number, server.address)
+                           for number, server in enumerate(servers))
+        with Home(smtproutes=routes.encode(), timeoutremote=b'2') as home:
+            subprocess.check_call(['chmod', '-R', 'a+rX', home.path])
+            child = self.spawn(home)
+            output, _ = child.communicate(b''.join(
+                b'%c0/999999937\0s@x.example\0r@h%d.example\0' %
+                (number, number) for number in range(len(servers))),
+                timeout=30)
+        for server in servers:
+            server.close()
+            self.assertIsNone(server.error, server.transcript)
+        self.assertEqual(0, child.returncode)
+        got, at = {}, 1             # after the number of deliveries
+        while at < len(output):
+            end = output.index(b'\0', at + 1)
+            got[output[at]] = output[at + 1:end]
+            at = end + 1
+        self.assertEqual({number: report for number, (_, report)
+                          in enumerate(self.ANSWERS)}, got)
+
+
 # ------------------------------------------------------------ Real peers: TLS
 
 # The same two mail servers with the certificate `relay`, which is good for
@@ -13164,6 +13380,9 @@ def bench():
 
 
 if __name__ == '__main__':
+    if sys.argv[1:] == ['manual']:
+        sys.stdout.buffer.write(manual_page(qr.__doc__).encode('ascii'))
+        sys.exit(0)
     if sys.argv[1:] in (['demo'], ['bench'], ['fuzz']):
         sys.exit(0 if globals()[sys.argv[1]]() else 1)
     unittest.main()
