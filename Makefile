@@ -22,6 +22,7 @@ help:
 	@echo '                the same, and puts it in the place of qmail-remote'
 	@echo '                in QMAIL_HOME/bin; the old one is saved there'
 	@echo 'make uninstall  undoes either'
+	@echo 'make deb        a Debian package'
 	@echo 'make qmail-remote.8'
 	@echo '                the manual page'
 	@echo 'make clean      removes what a run without -B left behind'
@@ -114,7 +115,42 @@ uninstall:
 	rm -f '$(DESTDIR)$(BINDIR)/qmail_remote.py'
 	rm -rf '$(DESTDIR)$(LIBDIR)'
 
-clean:
-	rm -rf __pycache__ qmail-remote.8 qmail-remote.8.new
+# A quick proof, with nothing but dpkg-deb.  The bytecode is made where the
+# package is installed, for the Python there.
+DEBPYTHON = /usr/bin/python3
+DEB = deb.new/DEBIAN
+deb:
+	rm -rf deb.new
+	$(MAKE) install DESTDIR="$$(pwd)/deb.new" PREFIX=/usr \
+	    PYTHON='$(DEBPYTHON)'
+	rm -rf deb.new/usr/lib/qmail-remote/__pycache__
+	gzip -9n deb.new/usr/share/man/man8/qmail_remote.py.8
+	umask 022; mkdir -p $(DEB) deb.new/usr/share/doc/qmail-remote-py
+	umask 022; cp README deb.new/usr/share/doc/qmail-remote-py/README
+	umask 022; cp LICENSE deb.new/usr/share/doc/qmail-remote-py/copyright
+	umask 022; version=$$(sed -n "s/^VERSION = '\(.*\)'/\1/p" \
+	    qmail_remote.py) && \
+	printf '%s\n' 'Package: qmail-remote-py' "Version: $$version" \
+	    'Architecture: all' 'Section: mail' 'Priority: optional' \
+	    'Maintainer: the qmail_remote.py authors <postmaster@localhost>' \
+	    'Depends: python3 (>= 3.6)' 'Recommends: ca-certificates' \
+	    'Description: drop-in qmail-remote in one Python file' \
+	    ' Sends mail via SMTP for qmail, with TLS, passwords and IPv6.' \
+	    ' It is not used until QMAILREMOTE or a link says so.' \
+	    >$(DEB)/control && \
+	printf '%s\n' '#!/bin/sh' 'set -e' 'umask 022' \
+	    '/usr/bin/python3 -ISc "import py_compile as c; c.compile(\' \
+	    '    \"/usr/lib/qmail-remote/qmail_remote.py\", doraise=True)"' \
+	    >$(DEB)/postinst && \
+	printf '%s\n' '#!/bin/sh' 'set -e' \
+	    'rm -rf /usr/lib/qmail-remote/__pycache__' >$(DEB)/prerm && \
+	chmod 755 $(DEB)/postinst $(DEB)/prerm && \
+	dpkg-deb --root-owner-group --build deb.new \
+	    "qmail-remote-py_$${version}_all.deb"
+	rm -rf deb.new
 
-.PHONY: help check demo fuzz bench install install-qmail uninstall clean
+clean:
+	rm -rf __pycache__ qmail-remote.8 qmail-remote.8.new deb.new
+	rm -f qmail-remote-py_*_all.deb
+
+.PHONY: help check demo fuzz bench install install-qmail uninstall deb clean

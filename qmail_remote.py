@@ -128,6 +128,74 @@ RESULTS
     qmail-remote exits 0, always, unless Python cannot be started at all:
     then 111, which qmail-rspawn reads as a temporary failure.
 
+REPORTS
+    IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
+    reply has a part in it, "Remote host said: " and the reply follow.
+
+    For good (D; h for one recipient):
+
+        I (qmail-remote) was invoked improperly. (#5.3.5)
+        Sorry, I couldn't find any host named HOST. (#5.1.2)
+        Sorry, I couldn't find a mail exchanger or IP address. (#5.4.4)
+        Sorry, HOST does not accept mail. (#5.1.10)
+        Sorry. Although I'm listed as a best-preference MX or A for that host,
+            it isn't in my control/locals file, so I don't treat it as local.
+            (#5.4.6)
+        SMTP cannot transfer messages with partial final lines. (#5.6.2)
+        Sorry, that sender address cannot be sent over SMTP. (#5.1.7)
+        Sorry, that address cannot be sent over SMTP. (#5.1.3)
+        Giving up: no address is left to send to. (#5.1.3)
+        IP does not take non-ASCII addresses, such as the sender's. (#5.6.7)
+        IP does not take non-ASCII addresses. (#5.6.7)
+
+    By the server's reply for good (5xx: D, h) or for now (4xx: Z, s):
+
+        Connected to IP but sender was rejected.
+        IP does not like recipient.
+        Giving up on IP.
+        IP failed on DATA command.
+        IP failed after I sent the message.
+
+    For now (Z), because of this host, its control files or its network:
+
+        Unable to switch to home directory. (#4.3.0)
+        Unable to read control files. (#4.3.0)
+        I cannot send from ADDRESS, which is in control/outgoingip: WHY.
+            (#4.3.0)
+        Out of memory. (#4.3.0)
+        System resources temporarily unavailable. (#4.3.0)
+        I was told to stop. (#4.3.0)
+        Unable to read message. (#4.3.0)
+        Sorry, I couldn't find any host by that name. (#4.1.2)
+        Sorry, I couldn't find the relay HOST. (#4.4.4)
+        Sorry, I couldn't look up the TLSA records of HOST. (#4.4.3)
+
+    For now, because of the servers:
+
+        Sorry, I wasn't able to establish an SMTP connection. (#4.4.1)
+        Connected to IP but greeting failed.
+        Connected to IP but my name was rejected.
+        Connected to IP but connection died. (#4.4.2)
+        Connected to IP but connection died. Possible duplicate! (#4.4.2)
+        Connected to IP but authentication was rejected (WHAT).
+        Connected to IP but unable to base64decode challenge.
+        Connected to IP but unable to base64encode WHAT.
+        Connected to IP but TLS failed: WHY. (#4.7.5)
+        No password is sent without TLS, but control/notlshosts/HOST
+            forbids TLS on port PORT. (#4.7.5)
+
+    After a failure of TLS one of these may follow:
+
+        No password is sent in the clear after TLS has failed.
+        No password is sent to this port without TLS and a certificate that
+            can be verified. To trust this relay, put its certificate, or its
+            CA's, into control/tlshosts/HOST.pem.
+
+    Success (K), the first line only if a password was configured:
+
+        no supported AUTH method found, continuing without authentication.
+        IP accepted message.
+
 CONTROL FILES
     All of them are in the directory control of the qmail home.  A file may
     be absent.  One that cannot be read, is longer than 1 MiB or holds
@@ -236,6 +304,38 @@ SECURITY
     tlshosts can be made to look as if it had no TLS, or another certificate;
     use port 587, 465 or tlshosts for a password.
 
+DIFFERENCES
+    From qmail-remote of qmail 1.03:
+
+    It says EHLO, and HELO only after a 5xx to that; it knows TLS, passwords,
+    PIPELINING, CHUNKING, SIZE, 8BITMIME, SMTPUTF8 and IPv6 (after IPv4).
+
+    It goes on to the next server after whatever goes wrong before MAIL is
+    accepted, and reports each server that failed.
+
+    A CR alone ends a line, and CR LF is one line end.
+
+    timeoutremote is for each whole reply, and for each 64 KiB of the
+    message, not for each read.
+
+    It asks the name servers itself and checks their answers strictly; there
+    is no /etc/hosts, no search list.  A null MX (RFC 7505) bounces the mail.
+    A relay that DNS does not know defers it.
+
+    A reply is three digits from 200 to 599, of the same class on each line;
+    anything else is a dead line.  530 is temporary; so is 552 to a recipient
+    after others were accepted.  Only 354 opens the data phase.  A refusal in
+    the middle of the message is read, and is the verdict.
+
+    A partial final line is seen before connecting, if the input is a file.
+
+    An address is this host's own if a socket can be bound to it.
+
+    The recipient's domain is not replaced by what a CNAME says.  Bytes that
+    could become commands are not sent.
+
+    QUIT is sent and not waited for.  The exit status is 0 or 111.
+
 SEE ALSO
     qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),
     qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505, RFC 7672, RFC 8314
@@ -258,6 +358,7 @@ except ImportError:
     import socket
     import stat
 
+VERSION = '1.0'
 QMAIL_HOME = "/var/qmail"
 
 

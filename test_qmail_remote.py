@@ -8689,6 +8689,27 @@ class ManualPage(unittest.TestCase):
                     self.assertIn(line, lines)
 
 
+    def test_nothing_is_missing(self):
+        """Every report, control file and environment variable is in it."""
+        manual = ' '.join(qr.__doc__.split())
+        with open(PROGRAM, encoding='utf-8') as f:
+            program = f.read()
+        room = program.split('3. Outcomes\n')[1].split('\nclass ')[0]
+        names = re.findall(r'^([A-Z][A-Z_0-9]+) = b', room, re.M)
+        self.assertGreater(len(names), 35)
+        for name in names:
+            text = getattr(qr, name).decode()
+            # One letter decides; ACCEPTED and those after it have none.
+            text = re.sub('^[DZKh](?=[A-Z%])', '', text)
+            for part in re.split('%[sd]', text):
+                self.assertIn(' '.join(part.split()), manual, name)
+        for file in re.findall("b'control/([a-z.]+)'", program) + \
+                re.findall(r"read\(b'([a-z]+)'\)", program):
+            self.assertIn(file, manual)
+        for variable in re.findall(r"environ\.get\(b'([A-Z_]+)'", program):
+            self.assertIn(variable, manual)
+
+
 class InQmail(unittest.TestCase):
     """make install-qmail, and the way back."""
 
@@ -8697,6 +8718,8 @@ class InQmail(unittest.TestCase):
             [find_program(program), '-s'] + list(words) +
             ['DESTDIR=' + root, 'PREFIX=/opt', 'QMAIL_HOME=/var/q',
              'PYTHON=' + sys.executable], cwd=HERE, timeout=60,
+            env={name: value for name, value in os.environ.items()
+                 if not name.startswith(('MAKE', 'MFLAGS'))},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return done.returncode, done.stdout.decode()
 
@@ -8723,7 +8746,8 @@ class InQmail(unittest.TestCase):
                 page = os.path.join(root,
                                     'opt/share/man/man8/qmail_remote.py.8')
                 with open(page, 'rb') as f:
-                    self.assertEqual(manual_page(qr.__doc__).encode(), f.read())
+                    self.assertEqual(manual_page(qr.__doc__).encode(),
+                                     f.read())
                 self.assertEqual(
                     ['qmail-remote', 'qmail-remote.classic'],
                     sorted(os.listdir(home)))
@@ -8744,6 +8768,39 @@ class InQmail(unittest.TestCase):
             _, said = self.make('make', root, 'uninstall')
             self.assertIn('there was none before', said)
             self.assertEqual([], os.listdir(home))
+
+
+class DebianPackage(unittest.TestCase):
+    """make deb"""
+
+    def test_what_is_in_it(self):
+        find_program('dpkg-deb')
+        with tempfile.TemporaryDirectory() as place:
+            for name in ('qmail_remote.py', 'test_qmail_remote.py',
+                         'Makefile', 'LICENSE', 'README'):
+                shutil.copy(os.path.join(HERE, name), place)
+            subprocess.check_call(
+                ['make', '-s', 'deb', 'DEBPYTHON=' + sys.executable],
+                cwd=place, timeout=60, stdout=subprocess.DEVNULL,
+                env={'PATH': os.environ['PATH']})
+            package, = glob.glob(os.path.join(place, '*.deb'))
+            self.assertEqual('qmail-remote-py_%s_all.deb' % qr.VERSION,
+                             os.path.basename(package))
+            subprocess.check_call(['dpkg-deb', '-x', package, place + '/x'])
+            root = place + '/x/usr/'
+            self.assertEqual(
+                ['bin/qmail_remote.py', 'lib/qmail-remote/qmail_remote.py',
+                 'share/doc/qmail-remote-py/README',
+                 'share/doc/qmail-remote-py/copyright',
+                 'share/man/man8/qmail_remote.py.8.gz'],
+                sorted(os.path.relpath(os.path.join(top, name), root)
+                       for top, _, names in os.walk(root)
+                       for name in names))
+            program = root + 'lib/qmail-remote/qmail_remote.py'
+            self.assertEqual(0o755, os.stat(program).st_mode & 0o7777)
+            done = subprocess.run([program], stdout=subprocess.PIPE)
+            self.assertEqual((0, qr.USAGE + b'\0'),
+                             (done.returncode, done.stdout))
 
 
 # ------------------------------------------------------------ ESMTP
