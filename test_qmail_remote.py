@@ -8725,7 +8725,7 @@ class InQmail(unittest.TestCase):
 
     def test_there_and_back(self):
         """The old program is saved once, with its mode, and comes back."""
-        for program in 'make', 'bmake':
+        for program in (find_program('bmake'),):    # GNU make: below
             with self.subTest(program), \
                     tempfile.TemporaryDirectory() as root:
                 home = os.path.join(root, 'var/q/bin')
