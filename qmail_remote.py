@@ -3226,9 +3226,9 @@ class Session:
         return True
 
 
-# ---------------------------------------------------------------- 12. Main
-# Everything in its order; the loop over servers decides between "next" and
-# "report", and nobody else does.
+# ------------------------------------------------------------ 12. Delivery
+# One message, from its arguments to its Report; the loop over servers decides
+# between "next" and "report", and nobody else does.
 
 class World(Value):
     """What a delivery needs from outside: resolver (ask()), own (whether an
@@ -3363,6 +3363,9 @@ def open_line(server, control, world):
     world.tcpto.answered(address)
     return world.line(sock)
 
+
+# ---------------------------------------------------------------- 13. Main
+# The process: its descriptors, its arguments, its end.
 
 def fill_descriptors():
     """Opens /dev/null in the place of closed fds 0-2, and of fd 2 unless it
