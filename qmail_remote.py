@@ -419,6 +419,8 @@ DNS_LINKS_MAX = 10                          # CNAMEs from one name
 DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
 DNS_TOGETHER = 3 * EXCHANGERS_MAX           # questions in flight
 
+TLS_KEPT = 64                   # contexts, and tickets, of one process
+
 TCPTO_RECORDS, TCPTO_SIZE = 64, 16          # tcpto.c
 TCPTO_COUNT_MAX = 10
 TCPTO_SKIP_COUNT = 2
@@ -517,11 +519,12 @@ class NextServer(Exception):
 
 class TlsFailed(Exception):
     """TLS did not come about; reason is why (bytes).  anchors: the
-    certificates (DER) that a second handshake is to be checked with."""
+    certificates (DER) that a second handshake is to be checked with;
+    resumed: it was to resume a session, and may do better without."""
 
     def __init__(self, reason, anchors=()):
         Exception.__init__(self, reason)
-        self.reason, self.anchors = reason, anchors
+        self.reason, self.anchors, self.resumed = reason, anchors, False
 
 
 class TimedOut(Exception):
@@ -1922,6 +1925,35 @@ def tls_context(policy, control):
     return context
 
 
+class TlsContexts:
+    """tls_context() for a process that makes many sessions: contexts are
+    kept, and tickets (ssl.SSLSession) to resume sessions of theirs with, by
+    context, address, port and name.  What a resumed session proves is what
+    the first one proved, so DANE, whose records may have changed, does
+    without."""
+
+    def __init__(self):
+        self.kept, self.tickets = {}, {}
+
+    def __call__(self, policy, control):
+        """As tls_context()."""
+        if policy.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+            return tls_context(policy, control)
+        key = policy.check, policy.trust, control.cert, control.ciphers
+        if key not in self.kept:
+            if len(self.kept) >= TLS_KEPT:
+                self.kept, self.tickets = {}, {}
+            self.kept[key] = tls_context(policy, control)
+        return self.kept[key]
+
+    def keep(self, key, session):
+        """Keeps the ticket of a session that went well, if it has one."""
+        if session is not None and session.has_ticket:
+            if len(self.tickets) >= TLS_KEPT:
+                self.tickets.clear()
+            self.tickets[key] = session
+
+
 def pem_certificates(pem):
     """The certificates of a PEM file, in DER; what is damaged is left
     out."""
@@ -2035,7 +2067,7 @@ class TlsLayer:
     """TLS between a Line and its socket: bytes in, bytes out, through
     memory.  It never waits, and does not touch the socket."""
 
-    def __init__(self, context, name):
+    def __init__(self, context, name, session=None):
         import ssl
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.want, self.context = ssl.SSLWantReadError, context
@@ -2045,7 +2077,7 @@ class TlsLayer:
         self.connection = context.wrap_bio(
             self.incoming, self.outgoing,
             server_hostname=name.decode('ascii') if name and checked
-            else name)
+            else name, session=session)
 
     def handshake(self):
         """True when it is done, False if more has to come in.  Raises
@@ -2196,10 +2228,12 @@ class Line:
         self.tls = None             # a TlsLayer, once it is up
         self.backlog = b''          # what TLS has to say besides
 
-    def start_tls(self, context, name, seconds, judge=lambda tls: None):
+    def start_tls(self, context, name, seconds, judge=lambda tls: None,
+                  session=None):
         """The handshake, within seconds.  name is what to ask for, and to
         check if the context says so (bytes, or None); judge(TlsLayer) has
-        the last word on the handshake.  Raises TlsFailed;
+        the last word on the handshake; session is one of this context's to
+        resume, or None.  Raises TlsFailed;
         Lost if the peer sent something in the clear before, which would
         pass for encrypted words later (RFC 3207, CVE-2011-0411)."""
         try:
@@ -2211,7 +2245,8 @@ class Line:
         if closed:
             raise TlsFailed(b'connection closed')
         try:
-            tls, deadline = TlsLayer(context, name), self.clock() + seconds
+            tls = TlsLayer(context, name, session)
+            deadline = self.clock() + seconds
         except (OSError, ValueError) as error:
             raise TlsFailed(tls_reason(error))
         try:
@@ -2729,12 +2764,14 @@ class Session:
     if another server may do better."""
 
     def __init__(self, line, server, control, envelope, credentials,
-                 message, tls, tls_context, screen=NOBODY):
+                 message, tls, tls_context, screen=NOBODY, tickets=None):
         self.line, self.server, self.control = line, server, control
         self.address = server.address
         self.envelope, self.credentials = envelope, credentials
         self.tls, self.tls_context = tls, tls_context
         self.screen = screen
+        self.tickets = tickets      # a TlsContexts, or None
+        self.ticket = None          # the key of what it may keep for us
         self.message, self.timeout = message, control.timeoutremote
         self.secrets = secrets_of(credentials)
         self.hidden = self.secrets, credentials[0] if credentials else b''
@@ -2756,7 +2793,16 @@ class Session:
             self.hello()
             self.start_tls()
             self.authenticate()
-            return self.transaction()
+            report = self.transaction()
+            if self.ticket is not None:
+                self.tickets.keep(self.ticket,
+                                  self.line.tls.connection.session)
+            return report
+        except TlsFailed as failed:
+            if self.ticket is not None:
+                failed.resumed = self.tickets.tickets.pop(
+                    self.ticket, None) is not None
+            raise
         except Report as report:
             late = DIED_LATE % self.address
             if self.data_ended and not report.text.startswith(late):
@@ -2924,7 +2970,12 @@ class Session:
             name = self.server.tlsa_name
         elif canonical(name) and self.tls.check == TlsPolicy.NOTHING:
             name = None                     # RFC 6066 3: no address in SNI
-        self.line.start_tls(context, name, self.timeout, self.judge)
+        ticket = None
+        if self.tickets is not None and self.tls.check not in (
+                TlsPolicy.DANE, TlsPolicy.ANCHORS):
+            self.ticket = context, self.address, self.server.port, name
+            ticket = self.tickets.tickets.get(self.ticket)
+        self.line.start_tls(context, name, self.timeout, self.judge, ticket)
 
     def judge(self, layer):
         """The check of the certificate, as far as OpenSSL leaves it to us,
@@ -3235,7 +3286,7 @@ class World(Value):
     address is this host's), tcpto, connect (address, port, seconds -> a
     socket), line (socket -> a Line), message (check(), blocks()),
     tls_control (name -> a TlsControl), tls_context (TlsPolicy, TlsControl
-    -> an SSLContext), tickets (see Session; or None) and screen."""
+    -> an SSLContext), tickets (a TlsContexts, or None) and screen."""
     __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message',
                  'tls_control', 'tls_context', 'tickets', 'screen')
 
@@ -3316,7 +3367,8 @@ def try_servers(servers, complete, attempt, screen=NOBODY):
 def try_server(server, route, envelope, control, world):
     """One server's Report; raises NextServer.  A second connection is made
     only if TLS failed on the first: in the clear where that may be, or with
-    the certificates that DANE found."""
+    the certificates that DANE found; and before that, once more without the
+    session that the first was to resume."""
     password = route.credentials is not None
     tls_control = world.tls_control(server.name)
     if server.tlsa is None and tls_control.pem is None and \
@@ -3331,11 +3383,13 @@ def try_server(server, route, envelope, control, world):
             open_line(server, control, world), server, control, envelope,
             route.credentials, world.message, tls,
             lambda policy: world.tls_context(policy, tls_control),
-            world.screen)
+            world.screen, world.tickets)
         try:
             return session.run()
         except TlsFailed as failed:
             failure = failed
+        if failure.resumed:     # its ticket is gone, so this happens once
+            continue
         world.screen.say(Screen.REMARK, b'TLS failed: ' + failure.reason)
         hint = tls_hint(tls, server.port, password, server.name)
         tls = second_policy(tls, failure, server.port, password)

@@ -933,7 +933,7 @@ def tls_server(text):
                 context.set_ciphers(word[8:])
             elif word.startswith('name='):
                 wanted = word[5:]
-            elif word != '1.2':
+            elif word not in ('1.2', '-'):
                 raise ValueError('no such word: ' + word)
         if '1.0' in words or '1.2' in words:
             context.options |= getattr(ssl, 'OP_NO_TLSv1_3', 0)
@@ -953,7 +953,8 @@ class FakeTLS(FakeSMTP):
                         or more of PEM, as a+b, or `anonymous`; words are
                         `client` (wants a certificate of the CA), `1.0`,
                         `1.2` (nothing newer), `ciphers=...`, `name=...` (the
-                        name that the client must ask for; - for none)
+                        name that the client must ask for; - for none), `-`
+                        (nothing: another context, with other ticket keys)
       noTLS: the same   the same, but the client has to break it off
       half: the same    sends half of its first flight, and closes
       bye               end of TLS (close_notify) and of the connection
@@ -965,6 +966,7 @@ class FakeTLS(FakeSMTP):
     """
 
     _layer = None, None, None, None     # socket, TLS, what came, what goes
+    context = staticmethod(tls_server)
 
     def _receive(self):
         sock, connection, incoming, _ = self._layer
@@ -1005,7 +1007,7 @@ class FakeTLS(FakeSMTP):
 
     def _begin(self, text):
         """Everything before the handshake."""
-        context, wanted = tls_server(text)
+        context, wanted = self.context(text)
         asked = []
 
         def name_asked(connection, name, context):
@@ -1036,6 +1038,8 @@ class FakeTLS(FakeSMTP):
                 self._flush()
                 return '%s' % e
         self._flush()
+        if connection.session_reused:
+            self.transcript.append('-- resumed')
         asked = [name for name in asked if name] or ['-']
         if wanted and asked != [wanted]:
             raise Mismatch('TLS for %s instead of %s' % (asked, wanted))
@@ -11024,6 +11028,103 @@ class Tls(Dialogues):
 
 MX1, MX2 = 'mx1.' + HOST, 'mx2.' + HOST
 TLSA1 = '_25._tcp.' + MX1
+
+
+class Tickets(unittest.TestCase):
+    """Sessions resumed by a process that delivers more than once."""
+
+    def deliveries(self, count, connections, trust=None, other=None):
+        """[(text of the report, what the server saw of TLS)] of deliveries
+        by one process.  The server keeps its ticket keys; trust is what
+        tlshosts says, other an address for every second delivery."""
+        contexts, kept = qr.TlsContexts(), {}
+
+        class Server(FakeESMTP):
+            @staticmethod
+            def context(text):
+                return kept.setdefault(text, tls_server(text))
+        with Server(connections) as server, \
+                tempfile.TemporaryFile() as body:
+            body.write(MESSAGE)
+            body.flush()
+            world = world_of(
+                tcpto=qr.TcpTo(b'/nonexistent', time.time, 1),
+                line=qr.Line, tls_context=contexts, tickets=contexts,
+                tls_control=lambda name: qr.TlsControl(
+                    trust, False, None, b''),
+                connect=lambda address, port, seconds: qr.connect(
+                    IP.encode(), server.port, seconds))
+            reports = []
+            for turn in range(count):
+                os.lseek(body.fileno(), 0, os.SEEK_SET)
+                world.message = qr.Message(body.fileno())
+                name = other if other and turn % 2 else IP.encode()
+                report = qr.try_server(
+                    qr.Server(IP.encode(), 25, name, [], None),
+                    qr.Route(None, None, None),
+                    qr.Envelope(SENDER.encode(), [RECIPIENTS[0].encode()]),
+                    control_files(), world)
+                reports.append(report.text + report.tail)
+        self.assertIsNone(server.error, server.transcript)
+        parts = '\n'.join(server.transcript).split('-- connection')
+        return reports, ['resumed' if '-- resumed' in part else
+                         'full' if '-- TLS with' in part else 'none'
+                         for part in parts]
+
+    def check(self, want, *args, **options):
+        reports, seen = self.deliveries(*args, **options)
+        self.assertEqual(want, ' '.join(seen))
+        for report in reports:
+            self.assertTrue(report.startswith(b'K'), report)
+        return reports
+
+    def test_resumed(self):
+        """With TLS 1.3 and 1.2, checked or not; the report says the same."""
+        for words in 'relay+ca', 'relay+ca 1.2':
+            for trust, checked in ((None, b', certificate not checked\n'),
+                                   (PEM['ca'].encode(), b', verified\n'),
+                                   (PEM['relay'].encode(), b', pinned\n')):
+                with self.subTest('%s%s' % (words, checked)):
+                    for report in self.check(
+                            'full resumed resumed', 3, [over_tls(words)] * 3,
+                            trust=trust):
+                        self.assertTrue(report.endswith(checked), report)
+
+    def test_another_name(self):
+        """What was proved for one name proves nothing for another."""
+        self.check('full full resumed resumed', 4,
+                   [over_tls('relay+ca')] * 4, other=b'relay.example')
+
+    def test_a_server_that_chokes_on_tickets(self):
+        """One more connection over TLS without; never into the clear."""
+        choking = START + 'close'
+        self.check('full none full resumed', 3,
+                   [over_tls('relay+ca'), choking] +
+                   [over_tls('relay+ca')] * 2)
+
+    def test_a_lost_key(self):
+        """A server that has forgotten its keys: a whole handshake."""
+        self.check('full full', 2, [over_tls('relay+ca'),
+                                    over_tls('relay+ca -')])
+
+    def test_contexts(self):
+        """Kept, but not for DANE, and not without end."""
+        contexts = qr.TlsContexts()
+        plain = qr.TlsControl(None, False, None, b'')
+        with_ciphers = qr.TlsControl(None, False, None, b'HIGH')
+        self.assertIs(contexts(IF_OFFERED, plain),
+                      contexts(IF_OFFERED, plain))
+        self.assertIsNot(contexts(IF_OFFERED, plain),
+                         contexts(IF_OFFERED, with_ciphers))
+        for check, trust in ((qr.TlsPolicy.DANE, [tlsa(3, 1, 1, 'relay')]),
+                             (qr.TlsPolicy.ANCHORS, [])):
+            policy = qr.TlsPolicy(True, True, check, trust)
+            self.assertIsNot(contexts(policy, plain),
+                             contexts(policy, plain))
+        for number in range(3 * qr.TLS_KEPT):
+            contexts(IF_OFFERED, qr.TlsControl(
+                None, False, None, b'HIGH:' + b'@STRENGTH:' * number))
+        self.assertLessEqual(len(contexts.kept), qr.TLS_KEPT)
 
 
 def signed(records, unsigned=(), **options):
