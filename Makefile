@@ -21,7 +21,10 @@ help:
 	@echo 'make install-qmail'
 	@echo '                the same, and puts it in the place of qmail-remote'
 	@echo '                in QMAIL_HOME/bin; the old one is saved there'
-	@echo 'make uninstall  undoes either'
+	@echo 'make install-qmail-rspawn'
+	@echo '                the same for qmail-rspawn: qmail then delivers'
+	@echo '                from processes that stay alive; needs a restart'
+	@echo 'make uninstall  undoes all three'
 	@echo 'make deb        a Debian package'
 	@echo 'make qmail-remote.8'
 	@echo '                the manual page'
@@ -80,7 +83,13 @@ install:
 # the other, for qmail bounces mail if there is none.  What is ours already,
 # under whatever PREFIX, is not saved over the old one.  qmailr runs it first.
 install-qmail: install
-	@umask 022; link='$(LIBDIR)/qmail_remote.py'; \
+	@program=qmail-remote; $(REPLACE)
+
+install-qmail-rspawn: install
+	@program=qmail-rspawn; $(REPLACE) && \
+	echo 'qmail-send uses it when qmail is started again.'
+
+REPLACE = umask 022; link='$(LIBDIR)/qmail_remote.py'; \
 	cd '$(DESTDIR)$(QMAIL_HOME)/bin' || exit 1; \
 	if [ -z '$(DESTDIR)' ] && [ "$$(uname)" = Linux ] && \
 	    [ "$$(id -u)" = 0 ] && id qmailr >/dev/null 2>&1; then \
@@ -89,28 +98,30 @@ install-qmail: install
 	        { echo "qmailr cannot run $$link; nothing is changed." >&2; \
 	        exit 1; }; \
 	fi; \
-	rm -f qmail-remote.new qmail-remote.classic.new && \
-	if [ -e qmail-remote ] && \
-	    ! grep '^LC_ALL=C .* -ISB -X under_sh ' qmail-remote >/dev/null; then \
-	    cp -p qmail-remote qmail-remote.classic.new && \
-	    mv qmail-remote.classic.new qmail-remote.classic; \
+	rm -f $$program.new $$program.classic.new && \
+	if [ -e $$program ] && \
+	    ! grep '^LC_ALL=C .* -ISB -X under_sh ' $$program >/dev/null; then \
+	    cp -p $$program $$program.classic.new && \
+	    mv $$program.classic.new $$program.classic; \
 	fi && \
-	ln -s "$$link" qmail-remote.new && mv qmail-remote.new qmail-remote && \
-	echo "$$(pwd)/qmail-remote is now a link to $$link."
+	ln -s "$$link" $$program.new && mv $$program.new $$program && \
+	echo "$$(pwd)/$$program is now a link to $$link."
 
-# First the old program comes back, then ours goes.
+# First the old programs come back, then ours goes.
 uninstall:
 	@link='$(LIBDIR)/qmail_remote.py'; \
-	if cd '$(DESTDIR)$(QMAIL_HOME)/bin' 2>/dev/null && \
-	    [ "$$(readlink qmail-remote)" = "$$link" ]; then \
-	    if [ -e qmail-remote.classic ]; then \
-	        mv qmail-remote.classic qmail-remote && \
-	        echo "$$(pwd)/qmail-remote is the old one again."; \
-	    else \
-	        rm qmail-remote && \
-	        echo "$$(pwd)/qmail-remote is gone; there was none before."; \
+	for program in qmail-remote qmail-rspawn; do \
+	    if cd '$(DESTDIR)$(QMAIL_HOME)/bin' 2>/dev/null && \
+	        [ "$$(readlink $$program)" = "$$link" ]; then \
+	        if [ -e $$program.classic ]; then \
+	            mv $$program.classic $$program && \
+	            echo "$$(pwd)/$$program is the old one again."; \
+	        else \
+	            rm $$program && \
+	            echo "$$(pwd)/$$program is gone; there was none before."; \
+	        fi; \
 	    fi; \
-	fi
+	done
 	rm -f '$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'
 	rm -f '$(DESTDIR)$(BINDIR)/qmail_remote.py'
 	rm -rf '$(DESTDIR)$(LIBDIR)'
@@ -153,4 +164,5 @@ clean:
 	rm -rf __pycache__ qmail-remote.8 qmail-remote.8.new deb.new
 	rm -f qmail-remote-py_*_all.deb
 
-.PHONY: help check demo fuzz bench install install-qmail uninstall deb clean
+.PHONY: help check demo fuzz bench install install-qmail \
+	install-qmail-rspawn uninstall deb clean

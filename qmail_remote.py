@@ -58,6 +58,7 @@ NAME
 
 SYNOPSIS
     qmail-remote host sender recip [recip ...]
+    qmail-rspawn
 
 DESCRIPTION
     qmail-remote reads a mail message from its input and sends the message
@@ -128,6 +129,25 @@ RESULTS
     qmail-remote exits 0, always, unless Python cannot be started at all:
     then 111, which qmail-rspawn reads as a temporary failure.
 
+SPAWNER
+    Run under the name qmail-rspawn, the program takes the place of that one:
+    it reads the commands of qmail-send, runs no qmail-remote, but delivers
+    itself, in processes that stay alive.  qmail-start starts it.
+
+    Recipients of one message with the same sender and the same host, whose
+    commands come within 5 milliseconds, go together, up to 50.  Each has a
+    report of his own.  Who has not got the message that way, but by himself
+    might have, is tried once more, alone: nobody bounces because of others.
+
+    A process makes up to 200 deliveries.  It ends after a minute without
+    any, and when a control file, resolv.conf(5) or the system's trust store
+    has changed.  Nothing is kept from one message to the next, but sessions
+    of TLS to be resumed.  If a process is killed, its deliveries are
+    deferred.
+
+    At the end of its input qmail-rspawn finishes what has begun, and exits
+    0; if it cannot start, 111.  $QMAILREMOTE counts for nothing here.
+
 REPORTS
     IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
     reply has a part in it, "Remote host said: " and the reply follow.
@@ -195,6 +215,24 @@ REPORTS
 
         no supported AUTH method found, continuing without authentication.
         IP accepted message.
+
+    From qmail-rspawn itself:
+
+        qmail-spawn out of memory. (#4.3.0)
+        qmail-spawn unable to open message. (#4.3.0)
+        qmail-spawn unable to fstat message. (#4.3.0)
+        qmail-spawn unable to create pipe. (#4.3.0)
+        qmail-spawn unable to fork. (#4.3.0)
+        qmail-remote crashed.
+        qmail-remote produced no output.
+        Sorry, message has wrong type. (#4.3.5)
+        Sorry, message has wrong owner. (#4.3.5)
+        Sorry, address must include host name. (#5.1.3)
+        Internal error: delnum too big. (#4.3.5)
+        Internal error: delnum in use. (#4.3.5)
+        Internal error: messid has nonnumerics. (#5.3.5)
+        Internal error: messid too long. (#5.3.5)
+        Internal error: messid too short. (#5.3.5)
 
 CONTROL FILES
     All of them are in the directory control of the qmail home.  A file may
@@ -264,6 +302,15 @@ CONTROL FILES
         an IPv6 address, or both; each counts for connections of its kind.
         One that is no address, or not this host's, defers the mail, and the
         report names it.  Default: the kernel's choice.
+
+    concurrencyspawn
+        How many deliveries qmail-rspawn can run at once, at most 255; what
+        conf-spawn is to the classic one, read when it starts.  Default: 120.
+        concurrencyremote, of qmail-send, counts if it is less.
+
+    batch
+        How many recipients of a message qmail-rspawn puts into one delivery,
+        at most 50; 0 or 1: each has his own.  Default: 50.
 
     tlshosts/NAME.pem
         Certificates, in PEM form.  The exchanger or relay NAME (in lower
@@ -426,6 +473,18 @@ TCPTO_COUNT_MAX = 10
 TCPTO_SKIP_COUNT = 2
 TCPTO_FRESH = 120
 
+SPAWN_LIMIT, SPAWN_LIMIT_MAX = 120, 255     # conf-spawn
+SPAWN_FIELD_MAX = 1 << 20       # bytes of a sender or recipient
+SPAWN_MESSID_MAX = 99           # bytes; spawn.c
+SPAWN_BATCH = 50                # recipients of one delivery
+SPAWN_GATHER = 0.005            # how long they are waited for
+SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
+SPAWN_PACE = 0.001              # between forks: a worker may come free
+SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
+SIGKILL = 9                     # signal.h; the module would cost 5 ms
+WORKER_REHEARSALS = 20          # what CPython 3.11 adapts to, it has seen
+WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
+
 # Errors of this host, not of a peer: no server is to blame for them.
 LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -490,16 +549,33 @@ TLS_PASSWORD = b'No password is sent to this port without TLS and a ' \
 AUTH_MISSING = b'no supported AUTH method found, continuing without ' \
     b'authentication.\n'
 
+# What qmail-rspawn says itself (spawn.c, qmail-rspawn.c).
+SPAWN_TOO_LONG = b'Zqmail-spawn out of memory. (#4.3.0)\n'
+SPAWN_TOO_BIG = b'ZInternal error: delnum too big. (#4.3.5)\n'
+SPAWN_IN_USE = b'ZInternal error: delnum in use. (#4.3.5)\n'
+SPAWN_NONNUMERIC = b'DInternal error: messid has nonnumerics. (#5.3.5)\n'
+SPAWN_MESSID_LONG = b'DInternal error: messid too long. (#5.3.5)\n'
+SPAWN_MESSID_SHORT = b'DInternal error: messid too short. (#5.3.5)\n'
+SPAWN_NO_HOST = b'DSorry, address must include host name. (#5.1.3)\n'
+SPAWN_NO_OPEN = b'Zqmail-spawn unable to open message. (#4.3.0)\n'
+SPAWN_NO_FSTAT = b'Zqmail-spawn unable to fstat message. (#4.3.0)\n'
+SPAWN_WRONG_TYPE = b'ZSorry, message has wrong type. (#4.3.5)\n'
+SPAWN_WRONG_OWNER = b'ZSorry, message has wrong owner. (#4.3.5)\n'
+SPAWN_NO_PIPE = b'Zqmail-spawn unable to create pipe. (#4.3.0)\n'
+SPAWN_NO_FORK = b'Zqmail-spawn unable to fork. (#4.3.0)\n'
+SPAWN_CRASHED = b'Zqmail-remote crashed.\n'
+SPAWN_SILENT = b'Zqmail-remote produced no output.\n'
+
 
 class Report(Exception):
     """Ends the run.  text is the message report, its letter first, tail a
     last line for it; recipients are the recipient reports before it.
-    Bytes, without NULs."""
+    Bytes, without NULs.  begun: a server has been told the recipients."""
 
-    def __init__(self, text, recipients=(), tail=b''):
+    def __init__(self, text, recipients=(), tail=b'', begun=False):
         Exception.__init__(self, text)
         self.text, self.recipients = text, list(recipients)
-        self.tail = tail
+        self.tail, self.begun = tail, begun
 
 
 class NextServer(Exception):
@@ -562,9 +638,14 @@ def write_output(output):
     try:
         os.set_blocking(1, True)
         while output:
-            output = output[os.write(1, output):]
+            output = write_some(output)
     except OSError:
         pass
+
+
+def write_some(output):
+    """What fd 1 does not take at once.  Raises OSError."""
+    return output[os.write(1, output):]
 
 
 class Screen:
@@ -650,9 +731,9 @@ class Control(Value):
     """What the control files say.  Names and addresses are bytes, timeouts
     seconds; the routes are dicts, as parse_routes() and parse_senders()
     give them; moreipme and notipme as parse_networks() gives them,
-    outgoingip as parse_outgoing() does."""
+    outgoingip as parse_outgoing() does; batch is a number."""
     __slots__ = ('helohost', 'timeoutconnect', 'timeoutremote', 'smtproutes',
-                 'authsenders', 'moreipme', 'notipme', 'outgoingip')
+                 'authsenders', 'moreipme', 'notipme', 'outgoingip', 'batch')
 
 
 class Route(Value):
@@ -705,9 +786,40 @@ def read_control():
             parse_senders(read(b'authsenders')),
             parse_networks(read(b'moreipme')),
             parse_networks(read(b'notipme')),
-            parse_outgoing(read(b'outgoingip')))
+            parse_outgoing(read(b'outgoingip')),
+            min(parse_number(read(b'batch'), SPAWN_BATCH), SPAWN_BATCH))
     except (OSError, Invalid):
         raise Report(NO_CONTROL)
+
+
+def read_concurrency():
+    """How many deliveries a spawner runs at once: control/concurrencyspawn,
+    if that can be read."""
+    try:
+        data = read_file(b'control/concurrencyspawn', CONTROL_MAX)
+    except (OSError, Invalid):
+        data = None
+    return min(parse_number(data, SPAWN_LIMIT), SPAWN_LIMIT_MAX)
+
+
+# What a delivery depends on, but for what read_tls_control() reads each time.
+SIGNED_FILES = [b'control/' + name for name in (
+    b'me', b'helohost', b'timeoutconnect', b'timeoutremote', b'smtproutes',
+    b'authsenders', b'moreipme', b'notipme', b'outgoingip', b'batch',
+    b'clientcert.pem', b'tlsclientciphers')] + [b'/etc/resolv.conf']
+
+
+def control_signature(more=()):
+    """Differs as soon as one of the files, or of the paths in more, does."""
+    signature = []
+    for path in SIGNED_FILES + list(more):
+        try:
+            status = os.stat(path)
+            signature.append((status.st_dev, status.st_ino, status.st_size,
+                              status.st_mtime_ns, status.st_ctime_ns))
+        except OSError as error:
+            signature.append(error.errno)
+    return signature
 
 
 class TlsControl(Value):
@@ -1790,6 +1902,11 @@ class TcpTo:
         if address in self.listed:
             self._locked(address, forget)
 
+    def clear(self):
+        """Forgets all (tcpto_clean.c)."""
+        self._locked(b'0.0.0.0', lambda fd, table, at: os.pwrite(
+            fd, bytes(len(table)), 0))
+
     def _age(self, table, at):
         """Seconds since the record was written; negative if the clock has
         been set back.  32 bits, so that 2106 does no harm."""
@@ -1952,6 +2069,16 @@ class TlsContexts:
             if len(self.tickets) >= TLS_KEPT:
                 self.tickets.clear()
             self.tickets[key] = session
+
+
+def trust_store():
+    """The paths of the system's trust store; none without ssl."""
+    try:
+        import ssl
+    except ImportError:
+        return []
+    paths = ssl.get_default_verify_paths()
+    return [path for path in (paths.cafile, paths.capath) if path]
 
 
 def pem_certificates(pem):
@@ -2152,6 +2279,12 @@ def printable_words(text):
 # The launcher's process id, if sh started us: it is what an administrator
 # kills, and then qmail-rspawn does not believe our report any more.
 LAUNCHER = os.getppid() if 'under_sh' in sys._xoptions else None
+
+
+def set_launcher(pid):
+    """From now on this is the process that must live (None: none)."""
+    global LAUNCHER
+    LAUNCHER = pid
 
 
 def wait(reading, writing, deadline, clock=time.monotonic):
@@ -2568,6 +2701,28 @@ class Message:
             raise Report(PARTIAL_LINE)
 
 
+def open_message(messid, owner):
+    """A descriptor of queue/mess/messid, a regular file of this owner (a
+    user id).  Raises Report (spawn.c, docmd())."""
+    try:
+        fd = os.open(b'queue/mess/' + messid,
+                     os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        raise Report(SPAWN_NO_OPEN)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Report(SPAWN_WRONG_TYPE)
+        if status.st_uid != owner:      # damage control (spawn.c)
+            raise Report(SPAWN_WRONG_OWNER)
+        return fd
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError):
+            raise Report(SPAWN_NO_FSTAT)
+        raise
+
+
 def is_ascii(block):
     """Whether no byte is over 127; bytes.isascii() came with Python 3.7."""
     try:
@@ -2748,8 +2903,9 @@ class AuthRejected(Exception):
 
 class Envelope(Value):
     """sender and recipients as they go between < and >; None in the place
-    of a recipient that must never go out."""
-    __slots__ = ('sender', 'recipients')
+    of a recipient that must never go out.  told: a server may have heard
+    of the recipients."""
+    __slots__ = ('sender', 'recipients', 'told')
 
 
 QUIT = b'QUIT\r\n'
@@ -3004,7 +3160,9 @@ class Session:
         data = [b'DATA' if chunk is None else b'BDAT %d LAST' % len(chunk)]
         replies = self.exchange([mail] + recipients + data
                                 if recipients else [mail], chunk or b'')
+        self.envelope.told = b'PIPELINING' in self.offered
         self.mail_reply(next(replies))
+        self.envelope.told = True
         for address in self.envelope.recipients:
             self.reports.append(self.recipient_report(address, replies))
         if b'r' not in self.reports:
@@ -3291,18 +3449,15 @@ class World(Value):
                  'tls_control', 'tls_context', 'tickets', 'screen')
 
 
-def real_world(control, message_closed):
-    """The World of a process under qmail-rspawn."""
+def real_world(control, message, screen=NOBODY, contexts=None):
+    """The World of a process; contexts are TlsContexts, if it is to make
+    more than one delivery."""
     try:
         resolv_conf = read_file(b'/etc/resolv.conf', CONTROL_MAX)
     except (OSError, Invalid):
         resolv_conf = None
     config = parse_resolv_conf(resolv_conf,
                                os.environ.get(b'DNSCACHEIP', b''))
-    screen = NOBODY
-    if os.isatty(2):
-        screen = Screen(2, wait)
-        screen.colour()
 
     def connect_from(address, port, seconds):
         return connect(address, port, seconds,
@@ -3311,8 +3466,8 @@ def real_world(control, message_closed):
         Resolver(config, wait, time.monotonic, screen),
         OwnAddresses(control.moreipme, control.notipme, is_local),
         TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect_from,
-        Line, Message(0, message_closed, control.timeoutremote),
-        read_tls_control, tls_context, None, screen)
+        Line, message, read_tls_control, contexts or tls_context, contexts,
+        screen)
 
 
 def deliver(host, sender, recipients, control, world):
@@ -3320,7 +3475,7 @@ def deliver(host, sender, recipients, control, world):
     recipients are bytes as given."""
     envelope = Envelope(envelope_address(sender),
                         [envelope_address(address) or None
-                         for address in recipients])
+                         for address in recipients], False)
     if envelope.sender is None:
         raise Report(BAD_SENDER)
     if not any(envelope.recipients):
@@ -3329,8 +3484,10 @@ def deliver(host, sender, recipients, control, world):
     world.screen.say(Screen.REMARK, route_words(host, sender, route, control))
     servers, more = find_servers(host, route, world.resolver, world.own)
     world.message.check()
-    return try_servers(servers, not more, lambda server: try_server(
+    report = try_servers(servers, not more, lambda server: try_server(
         server, route, envelope, control, world), world.screen)
+    report.begun = envelope.told
+    return report
 
 
 def try_servers(servers, complete, attempt, screen=NOBODY):
@@ -3418,7 +3575,535 @@ def open_line(server, control, world):
     return world.line(sock)
 
 
-# ---------------------------------------------------------------- 13. Main
+# --------------------------------------------------------------- 13. Spawn
+# qmail-rspawn: a parent that takes commands from qmail-send, and workers
+# forked from it that deliver.  The parent waits for all of them at once, and
+# for nothing else: no DNS, no SMTP, no TLS, no message.
+
+class Command(Value):
+    """One delivery that qmail-send wants: its number (an int), the message's
+    name in queue/mess, sender and recipient (bytes); too_long: there was
+    more of them than SPAWN_FIELD_MAX."""
+    __slots__ = ('delnum', 'messid', 'sender', 'recipient', 'too_long')
+
+    def host(self):
+        """What follows the last @ (qmail-rspawn.c, spawn())."""
+        return self.recipient.rpartition(b'@')[2]
+
+
+class CommandReader:
+    """Commands from pieces of any size (spawn.c, getcmd())."""
+
+    def __init__(self):
+        self.delnum, self.fields = None, []
+        self.field, self.too_long = bytearray(), False
+
+    def take(self, data):
+        """The Commands that end in data."""
+        at, found = 0, []
+        while at < len(data):
+            if self.delnum is None:
+                self.delnum, at = data[at], at + 1
+                continue
+            end = data.find(b'\0', at)
+            stop = len(data) if end < 0 else end
+            room = SPAWN_FIELD_MAX - len(self.field)
+            self.too_long = self.too_long or stop - at > room
+            self.field += data[at:min(stop, at + room)]
+            at = stop + 1
+            if end >= 0:
+                self.fields.append(bytes(self.field))
+                self.field = bytearray()
+            if len(self.fields) == 3:
+                found.append(Command(self.delnum, *(self.fields +
+                                                    [self.too_long])))
+                self.__init__()
+        return found
+
+
+def refusal(command, limit, busy):
+    """Why a command cannot be obeyed, in qmail's order; None: it can.
+    limit is the number of deliveries at once, busy the numbers in use."""
+    if command.too_long:
+        return SPAWN_TOO_LONG
+    if command.delnum >= limit:
+        return SPAWN_TOO_BIG
+    if command.delnum in busy:
+        return SPAWN_IN_USE
+    if command.messid.startswith(b'/') or \
+            command.messid.translate(None, b'0123456789/'):
+        return SPAWN_NONNUMERIC
+    if len(command.messid) > SPAWN_MESSID_MAX:
+        return SPAWN_MESSID_LONG
+    if not command.messid:
+        return SPAWN_MESSID_SHORT
+    if b'@' not in command.recipient:
+        return SPAWN_NO_HOST
+    return None
+
+
+def spawn_report(output):
+    """What qmail-rspawn tells qmail-send, given the raw reports of a
+    qmail-remote (qmail-rspawn.c, report())."""
+    records = output.split(b'\0')[:-1]
+    if not records:
+        return SPAWN_SILENT
+    result = next((record[:1] for record in records
+                   if record[:1] in (b'K', b'Z', b'D')), b'D')
+    letter = {b's': b'Z', b'h': b'D'}.get(records[0][:1], result)
+    text = letter + records[0][1:]
+    if b'DZK'.index(result) <= b'DZK'.index(letter) and \
+            [record for record in records[1:2]
+             if record[:1] in (b'K', b'Z', b'D')]:
+        text += records[1][1:]
+    return text
+
+
+def verdicts(report, count):
+    """What to tell qmail-send of each of count recipients that went in one
+    delivery; b'' for one who has to go once more, alone: he has not got the
+    message, and by himself he might have.
+
+    So what a server says of several counts for those who got the message, or
+    may have; for the first one's refusal, before which there was nobody; and
+    for being put off where nobody was taken.  What went wrong before a
+    server knew how many there were counts for all."""
+    whole = count == 1 or not report.begun
+    sent = report.text.startswith(b'K') or \
+        b'Possible duplicate!' in report.text.partition(b'\n')[0]
+    taken, texts = b'r' in report.recipients, []
+    for index in range(count):
+        own = report.recipients[index:index + 1]
+        letter = own[0][:1] if own else b''
+        final = whole or letter == b'r' and sent or index == 0 and letter in (
+            b'h', b's') or letter == b's' and not taken
+        texts.append(spawn_report(output_of(
+            Report(report.text, own, report.tail))) if final else b'')
+    return texts
+
+
+def frame(parts):
+    """What parent and worker send each other: parts (bytes, without NULs),
+    after their size."""
+    data = b'\0'.join(parts)
+    return struct.pack('>L', len(data)) + data
+
+
+def unframe(data, most):
+    """The parts; None if they have not come whole.  Raises Malformed for
+    more than most bytes, or more than one frame."""
+    if len(data) < 4:
+        return None
+    size, = struct.unpack_from('>L', data)
+    if size > most or len(data) > 4 + size:
+        raise Malformed('frame')
+    return bytes(data[4:]).split(b'\0') if len(data) == 4 + size else None
+
+
+class Setting(Value):
+    """What workers are born with.  control: a Control, or why there is none
+    (bytes); contexts: TlsContexts; signature: of the files behind them."""
+    __slots__ = ('control', 'contexts', 'signature')
+
+
+class Rehearsal:
+    """A socket to a server that takes everything, in memory."""
+
+    def __init__(self):
+        self.replies = [b'220 hi\r\n', b'250-hi\r\n250 PIPELINING\r\n',
+                        b'250 ok\r\n250 ok\r\n354 go\r\n', b'250 ok\r\n']
+        self.turn = True
+
+    def send(self, data):
+        self.turn = True
+        return len(data)
+
+    def recv(self, size):
+        if not self.turn or not self.replies:
+            raise BlockingIOError()
+        self.turn = False
+        return self.replies.pop(0)
+
+    def close(self):
+        pass
+
+
+def rehearse(control, contexts):
+    """Deliveries to nobody.  Not needed, but CPython writes into the code
+    that it runs, most of all in the first runs: done before the fork, it
+    leaves 0.2 MB more to be shared by all workers."""
+    def never(reading, writing, deadline):
+        raise TimedOut()
+    alone = Control(*control._fields())
+    alone.smtproutes = alone.authsenders = {}
+    fd = os.open(b'/dev/null', os.O_RDONLY)
+    try:
+        for _ in range(WORKER_REHEARSALS):
+            world = real_world(alone, Message(fd), contexts=contexts)
+            world.own = lambda address: False
+            world.connect = lambda address, port, seconds: Rehearsal()
+            world.line = lambda sock: Line(sock, never)
+            verdicts(deliver(b'[192.0.2.1]', b'a@b', [b'c@d'], alone, world),
+                     1)
+    except Report:
+        pass
+    finally:
+        os.close(fd)
+
+
+def read_setting():
+    """The Setting of this moment."""
+    store = trust_store()
+    signature = control_signature(store)
+    try:
+        control = read_control()
+    except Report as report:
+        control = report.text
+    contexts = TlsContexts()
+    try:
+        files = read_tls_control(b'')
+        for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
+            contexts(TlsPolicy(True, False, check, None), files)
+    except (ImportError, Report):
+        pass                    # each delivery will see what becomes of it
+    if not isinstance(control, bytes):
+        rehearse(control, contexts)
+    return Setting(control, contexts, signature)
+
+
+def deliver_job(job, owner, setting):
+    """One delivery of a worker: [messid, sender, host, recipients...] to
+    its verdicts()."""
+    messid, sender, host = job[:3]
+    recipients, fd = job[3:], -1
+    try:
+        fd = open_message(messid, owner)
+        control = setting.control
+        if isinstance(control, bytes):
+            raise Report(control)
+        message = Message(fd, False, control.timeoutremote)
+        report = deliver(host, sender, recipients, control, real_world(
+            control, message, contexts=setting.contexts))
+    except Report as raised:
+        report = raised
+    except MemoryError:
+        report = Report(NO_MEMORY)
+    except Exception:           # not foreseen
+        report = Report(NO_RESOURCES)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return verdicts(report, len(recipients))
+
+
+def work(sock, owner, setting):
+    """A worker's life: a job in, an answer out, until the parent closes its
+    end."""
+    while True:
+        data, job = bytearray(), None
+        while job is None:
+            wait((sock,), (), float('inf'))
+            block = sock.recv(INPUT_BLOCK)
+            if not block:
+                return
+            data += block
+            job = unframe(data, 1 << 32)
+        sock.sendall(frame(deliver_job(job, owner, setting)))
+
+
+class Worker:
+    """A process as the parent sees it.  group: the Commands that it is at;
+    unsent: of their job; answer: what has come of it; jobs: how many it has
+    had; since: when it became idle."""
+    __slots__ = ('pid', 'sock', 'setting', 'group', 'unsent', 'answer',
+                 'jobs', 'since')
+
+    def __init__(self, pid, sock, setting):
+        self.pid, self.sock, self.setting = pid, sock, setting
+        self.group, self.unsent, self.answer = [], b'', bytearray()
+        self.jobs, self.since = 0, 0
+
+
+class Spawner:
+    """The parent.  limit: how many deliveries at once; owner: of messages,
+    a user id.  It never waits but in turn(), and holds no more than
+    SPAWN_BACKLOG and a report for each delivery."""
+
+    def __init__(self, limit, owner, wait=wait, clock=time.monotonic):
+        self.limit, self.owner = limit, owner
+        self.wait, self.clock = wait, clock
+        self.reader, self.ended = CommandReader(), False
+        self.output, self.deaf = bytes((limit,)), False
+        self.busy = set()       # delivery numbers
+        self.gathering = {}     # key: (when it is due, Commands)
+        self.due = []           # groups of Commands that no worker has yet
+        self.forked = 0         # when the last worker was
+        self.workers = {}       # descriptor: Worker
+        self.idle = []          # Workers, the one that came last at the end
+        self.dead = []          # process ids that nobody has waited for
+        self.setting, self.store = None, trust_store()
+
+    def run(self):
+        """Until qmail-send has said its last, and every delivery is
+        reported."""
+        self.renew()
+        while not self.ended or self.busy or self.output:
+            self.turn()
+
+    def turn(self):
+        """Waits for whatever comes first, and sees to it."""
+        reading, writing = list(self.workers), []
+        if not self.ended and len(self.output) < SPAWN_BACKLOG:
+            reading.append(0)
+        if self.output:
+            writing.append(1)
+        writing += [fd for fd, worker in self.workers.items()
+                    if worker.unsent]
+        try:
+            ready = self.wait(reading, writing, self.deadline())
+        except TimedOut:
+            ready = (), ()
+        for fd in ready[1]:
+            if fd in self.workers:
+                self.push_job(self.workers[fd])
+        for fd in ready[0]:
+            if fd in self.workers:
+                self.heard(self.workers[fd])
+        if 0 in ready[0]:
+            self.read_commands()
+        self.look_at_the_clock()
+        self.push_output()
+
+    def deadline(self):
+        """When there is something to do though nothing happens."""
+        times = [due for due, _ in self.gathering.values()]
+        if self.due:
+            times.append(self.forked + SPAWN_PACE)
+        if self.idle:
+            times.append(self.idle[0].since + WORKER_IDLE)
+        if self.dead:
+            times.append(self.clock() + 1)
+        return min(times, default=float('inf'))
+
+    def look_at_the_clock(self):
+        now = self.clock()
+        for key, (due, _) in list(self.gathering.items()):
+            if due <= now or self.ended:
+                self.due.append(self.gathering.pop(key)[1])
+        if self.due:
+            self.dispatch(now)
+        while self.idle and self.idle[0].since + WORKER_IDLE <= now:
+            self.retire(self.idle.pop(0))
+        self.dead = [pid for pid in self.dead if not reaped(pid)]
+
+    # qmail-send
+
+    def read_commands(self):
+        try:
+            data = os.read(0, INPUT_BLOCK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b''
+        self.ended = not data
+        for command in self.reader.take(data):
+            text = refusal(command, self.limit, self.busy)
+            if text is not None:
+                self.tell(command.delnum, text)
+                continue
+            self.busy.add(command.delnum)
+            self.gather(command)
+
+    def gather(self, command):
+        """Holds it back for others like it.  qmail-send goes through one
+        message after the other, so the next one ends the wait.  Whether an
+        address is ASCII matters, for it decides what MAIL asks for."""
+        for key in list(self.gathering):
+            if key[0] != command.messid:
+                self.due.append(self.gathering.pop(key)[1])
+        key = command.messid, command.sender, command.host().lower(), \
+            non_ascii(command.recipient)
+        due, group = self.gathering.setdefault(
+            key, (self.clock() + SPAWN_GATHER, []))
+        group.append(command)
+        control = self.setting.control
+        if isinstance(control, bytes) or len(group) >= control.batch:
+            self.due.append(self.gathering.pop(key)[1])
+
+    def tell(self, delnum, text):
+        if not self.deaf:
+            self.output += bytes((delnum,)) + text + b'\0'
+
+    def done(self, command, text):
+        """The end of a delivery."""
+        self.busy.discard(command.delnum)
+        self.tell(command.delnum, text)
+
+    def push_output(self):
+        try:
+            while self.output:
+                self.output = write_some(self.output)
+        except BlockingIOError:
+            pass
+        except OSError:         # qmail-send is gone
+            self.output, self.deaf = b'', True
+
+    # Workers
+
+    def renew(self):
+        """A new Setting if a file behind it has changed.  Who has the old
+        one gets no more work."""
+        if self.setting and \
+                self.setting.signature == control_signature(self.store):
+            return
+        self.setting = read_setting()
+        while self.idle:
+            self.retire(self.idle.pop())
+        try:
+            import gc
+            gc.collect()
+            gc.freeze()         # workers share these pages for longer
+        except (ImportError, AttributeError):   # Python 3.6, PyPy
+            pass
+
+    def dispatch(self, now):
+        """Gives the groups that are due to workers: to idle ones, or to one
+        new one for now."""
+        self.renew()
+        while self.due and (self.idle or self.forked + SPAWN_PACE <= now):
+            group = self.due.pop(0)
+            if not self.idle:
+                self.forked, text = now, self.start()
+                if text:
+                    for command in group:
+                        self.done(command, text)
+                    continue
+            worker, first = self.idle.pop(), group[0]
+            worker.group, worker.jobs = group, worker.jobs + 1
+            worker.unsent = frame(
+                [first.messid, first.sender, first.host()] +
+                [command.recipient for command in group])
+            self.push_job(worker)
+
+    def push_job(self, worker):
+        try:
+            while worker.unsent:
+                worker.unsent = \
+                    worker.unsent[worker.sock.send(worker.unsent):]
+        except BlockingIOError:
+            pass
+        except OSError:
+            worker.unsent = b''         # it is dead, and heard() will see
+
+    def start(self):
+        """A new worker, idle; or why there is none."""
+        try:
+            near, far = socket.socketpair()
+        except OSError:
+            return SPAWN_NO_PIPE
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:
+            near.close()
+            far.close()
+            return SPAWN_NO_FORK
+        if not pid:
+            near.close()
+            self.be_worker(far, parent)
+        far.close()
+        near.setblocking(False)
+        worker = Worker(pid, near, self.setting)
+        self.workers[near.fileno()] = worker
+        self.idle.append(worker)
+        return None
+
+    def be_worker(self, sock, parent):
+        """In the new process; does not return.  What is the parent's or
+        another worker's is closed."""
+        status = 1
+        try:
+            set_launcher(parent)
+            for worker in self.workers.values():
+                worker.sock.close()
+            null = os.open(b'/dev/null', os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.close(null)
+            work(sock, self.owner, self.setting)
+            status = 0
+        finally:
+            os._exit(status)
+
+    def heard(self, worker):
+        """An answer, a part of one, the end, or nonsense."""
+        try:
+            data = worker.sock.recv(INPUT_BLOCK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b''
+        worker.answer += data
+        group = worker.group
+        try:
+            texts = unframe(worker.answer, SPAWN_ANSWER_MAX)
+            if not data or not group or \
+                    texts is not None and not sound(texts, group):
+                raise Malformed('answer')
+        except Malformed:
+            self.bury(worker)
+            return
+        if texts is None:
+            return
+        worker.group, worker.answer = [], bytearray()
+        if worker.jobs >= WORKER_GROUPS or \
+                worker.setting is not self.setting:
+            self.retire(worker)
+        else:
+            worker.since = self.clock()
+            self.idle.append(worker)
+        for command, text in zip(group, texts):
+            if text:
+                self.done(command, text)
+            else:
+                self.due.append([command])
+
+    def bury(self, worker):
+        """A worker that has died or lost its wits, and its deliveries."""
+        try:
+            os.kill(worker.pid, SIGKILL)
+        except OSError:
+            pass
+        if worker in self.idle:
+            self.idle.remove(worker)
+        self.retire(worker)
+        for command in worker.group:
+            self.done(command, SPAWN_CRASHED)
+
+    def retire(self, worker):
+        """Lets it go; it ends when its line does."""
+        del self.workers[worker.sock.fileno()]
+        worker.sock.close()
+        self.dead.append(worker.pid)
+
+
+def sound(texts, group):
+    """Whether an answer can be one: a report for each delivery of the group,
+    or nothing for one that can go again, alone."""
+    return len(texts) == len(group) and all(
+        text[:1] in (b'K', b'Z', b'D') or not text and len(group) > 1
+        for text in texts)
+
+
+def reaped(pid):
+    """Whether this child has gone."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except OSError:             # SIGCHLD is ignored: nobody has to wait
+        return True
+
+
+# ---------------------------------------------------------------- 14. Main
 # The process: its descriptors, its arguments, its end.
 
 def fill_descriptors():
@@ -3458,13 +4143,37 @@ def run(argv):
         os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
     except OSError:
         return Report(NO_HOME)
-    control = read_control()
+    control, screen = read_control(), NOBODY
+    if os.isatty(2):
+        screen = Screen(2, wait)
+        screen.colour()
+    message = Message(0, 0 in closed, control.timeoutremote)
     return deliver(arguments[0], arguments[1], arguments[2:], control,
-                   real_world(control, 0 in closed))
+                   real_world(control, message, screen))
+
+
+def spawn():
+    """The run under the name qmail-rspawn; returns the exit status."""
+    set_launcher(None)          # to stop in mid-delivery helps nobody
+    fill_descriptors()
+    try:
+        os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
+        owner = os.stat(b'queue/mess/.').st_uid
+        os.set_blocking(1, False)
+    except OSError:
+        return 111
+    TcpTo(b'queue/lock/tcpto', time.time, 0).clear()
+    Spawner(read_concurrency(), owner).run()
+    return 0
 
 
 def main():
     """Runs and reports.  Whatever was not foreseen is a deferral."""
+    if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
+        try:
+            os._exit(spawn())
+        except BaseException:
+            os._exit(111)
     try:
         try:
             output = output_of(run(sys.argv))

@@ -1243,7 +1243,7 @@ def control_files(**fields):
     """A Control without any control file but me, or with these fields."""
     default = dict(helohost=ME, timeoutconnect=5, timeoutremote=5,
                    smtproutes={}, authsenders={}, moreipme=[],
-                   notipme=[], outgoingip={})
+                   notipme=[], outgoingip={}, batch=50)
     default.update(fields)
     return value_of(qr.Control, **default)
 
@@ -5175,7 +5175,7 @@ class FuzzCase(FuzzClock):
         finally:
             for fd in self.pipe:
                 os.close(fd)
-        self.output = qr.output_of(report)
+        self.output, self.report = qr.output_of(report), report
         self.taken = self.now - start
         self.judge()
         return self.text[:1].decode()
@@ -5191,8 +5191,31 @@ class FuzzCase(FuzzClock):
             self.taken, self.bound()))
         self.judge_recipients()
         self.judge_acceptance()
+        self.judge_verdicts()
         if self.text[:1] == b'D':
             self.judge_bounce()
+
+    def judge_verdicts(self):
+        """What a spawner makes of it.  Alone goes nobody who may have got
+        the message; in company nobody bounces but the first."""
+        count = len(self.recipients)
+        texts = qr.verdicts(self.report, count)
+        self.law(len(texts) == count, 'not a verdict for each')
+        told = any(server.recipients for server in self.servers)
+        for index, text in enumerate(texts):
+            own = (self.reports[index:index + 1] or [b''])[0]
+            if count == 1:
+                self.law(text[:1].decode() == rspawn_verdict(0, self.output),
+                         'another verdict than of qmail-rspawn')
+            self.law(text[:1] != b'K' or own == b'r' and
+                     self.text[:1] == b'K', 'K for one who has not got it')
+            self.law(text[:1] == b'K' or own != b'r' or
+                     self.text[:1] != b'K', 'got it, and no K')
+            self.law(text or own != b'r' or
+                     b'Possible duplicate' not in self.text,
+                     'twice, perhaps')
+            self.law(text[:1] != b'D' or count == 1 or not index or
+                     not told, 'bounced because of others')
 
     def judge_form(self):
         records = self.output.split(b'\0')
@@ -7409,6 +7432,15 @@ def children_of(pid):
     return found
 
 
+def runs(pid):
+    """Whether a process is there, and no zombie."""
+    try:
+        with open('/proc/%d/stat' % pid, 'rb') as f:
+            return f.read().rpartition(b')')[2].split()[0] != b'Z'
+    except OSError:
+        return False
+
+
 class Hanging:
     """A delivery, begun, to a server that never says a word."""
 
@@ -8618,6 +8650,871 @@ class Start(unittest.TestCase):
                          (outcome.status, outcome.output))
 
 
+# ------------------------------------------------------------ The spawner
+
+def c_report(data):
+    """report() of qmail-rspawn.c for a child that exited 0, byte by byte as
+    it stands there."""
+    if not data:
+        return b'Zqmail-remote produced no output.\n'
+    result, at = -1, 0
+    for index, byte in enumerate(data):
+        if byte == 0:
+            if data[at] == ord('K'):
+                result = 1
+                break
+            if data[at] == ord('Z'):
+                result = 0
+                break
+            if data[at] == ord('D'):
+                break
+            at = index + 1
+    override = {ord('s'): 0, ord('h'): -1}.get(data[0], result)
+    out, index = {1: b'K', 0: b'Z', -1: b'D'}[override], 1
+    while index < len(data):
+        index += 1
+        if data[index - 1] == 0:
+            out += data[1:].split(b'\0')[0]
+            if result <= override and index < len(data) and \
+                    data[index:index + 1] in (b'Z', b'D', b'K'):
+                out += data[index + 1:].split(b'\0')[0]
+            break
+    return out
+
+
+def commands(*deliveries):
+    """Raw commands: (delnum, recipient[, sender[, messid]])."""
+    raw = b''
+    for delnum, recipient, *more in deliveries:
+        sender, messid = (more + [b's@x.example', b'0/17'][len(more):])[:2]
+        raw += b'%c%s\0%s\0%s\0' % (delnum, messid, sender, recipient)
+    return raw
+
+
+class SpawnTables(Tables):
+    """The pure half of the spawner, and its clockwork."""
+
+    def test_commands_in_any_pieces(self):
+        raw = commands((0, b'a@b'), (255, b'', b'', b''), (120, b'c@d@e'))
+        want = [qr.Command(0, b'0/17', b's@x.example', b'a@b', False),
+                qr.Command(255, b'', b'', b'', False),
+                qr.Command(120, b'0/17', b's@x.example', b'c@d@e', False)]
+        for cut in range(len(raw)):
+            for other in range(cut, len(raw)):
+                reader, got = qr.CommandReader(), []
+                for piece in (raw[:cut], raw[cut:other], raw[other:]):
+                    got += reader.take(piece)
+                self.assertEqual(want, got)
+        self.assertEqual([b'b', b'', b'e'], [each.host() for each in want])
+
+    def test_commands_too_long(self):
+        """They end where they end, and keep no more than the most."""
+        most = qr.SPAWN_FIELD_MAX
+        for size, too_long in ((most, False), (most + 1, True),
+                               (3 * most, True)):
+            reader, got = qr.CommandReader(), []
+            for piece in (b'\7', b'1\0', b's' * (size // 2),
+                          b's' * (size - size // 2), b'\0r@h\0\1'):
+                got += reader.take(piece)
+            self.assertEqual([too_long], [each.too_long for each in got])
+            self.assertLessEqual(len(got[0].sender), most)
+            self.assertEqual((7, b'r@h'), (got[0].delnum, got[0].recipient))
+            got = reader.take(b'1\0s\0r\0')
+            self.assertEqual([(1, False)], [(each.delnum, each.too_long)
+                                            for each in got])
+
+    BAD = (
+        (200, b'1', b'r@h', qr.SPAWN_TOO_BIG),
+        (20, b'1', b'r@h', qr.SPAWN_TOO_BIG),
+        (19, b'1', b'r@h', None),
+        (3, b'1', b'r@h', qr.SPAWN_IN_USE),
+        (3, b'x', b'r', qr.SPAWN_IN_USE),
+        (0, b'x', b'r@h', qr.SPAWN_NONNUMERIC),
+        (0, b'/1', b'r@h', qr.SPAWN_NONNUMERIC),
+        (0, b'1/../2', b'r@h', qr.SPAWN_NONNUMERIC),
+        (0, b'1 ', b'r@h', qr.SPAWN_NONNUMERIC),
+        (0, b'1\n', b'r@h', qr.SPAWN_NONNUMERIC),
+        (0, b'12/34/', b'r@h', None),
+        (0, b'1' * 99, b'r@h', None),
+        (0, b'1' * 100, b'r@h', qr.SPAWN_MESSID_LONG),
+        (0, b'x' * 100, b'r@h', qr.SPAWN_NONNUMERIC),
+        (0, b'', b'r@h', qr.SPAWN_MESSID_SHORT),
+        (0, b'', b'r', qr.SPAWN_MESSID_SHORT),
+        (0, b'1', b'r', qr.SPAWN_NO_HOST),
+        (0, b'1', b'', qr.SPAWN_NO_HOST),
+        (0, b'1', b'r@', None), (0, b'1', b'@', None))
+
+    def test_refusals(self):
+        for delnum, messid, recipient, want in self.BAD:
+            command = qr.Command(delnum, messid, b'', recipient, False)
+            self.assertEqual(want, qr.refusal(command, 20, {3, 5}),
+                             (delnum, messid, recipient))
+        self.assertEqual(qr.SPAWN_TOO_LONG, qr.refusal(
+            qr.Command(200, b'x', b'', b'', True), 20, {3}))
+
+    def test_reports(self):
+        """As report() has it, for all short outputs of these records."""
+        records = b'r', b'hh', b'ss', b'Kk', b'Zz', b'Dd', b'K', b'x'
+        for count in range(5):
+            for output in itertools.product(records, repeat=count):
+                output = b''.join(each + b'\0' for each in output)
+                self.assertEqual(c_report(output), qr.spawn_report(output),
+                                 output)
+
+    K, Z, D = b'K1 accepted\n', b'Z1 died\n', b'D1 failed\n'
+    TWICE = qr.DIED_LATE % b'192.0.2.1'
+
+    def test_verdicts(self):
+        """Letters of the recipient reports, the message report: a letter
+        for each recipient, - for once more, alone."""
+        for letters, text, count, want in (
+                # by himself: the same as qmail-rspawn says
+                ('r', self.K, 1, 'K'), ('h', self.K, 1, 'D'),
+                ('s', self.Z, 1, 'Z'), ('r', self.D, 1, 'D'),
+                ('', self.D, 1, 'D'), ('r', self.Z, 1, 'Z'),
+                ('r', self.TWICE, 1, 'Z'),
+                # who has got it, has got it; a refusal may come of the others
+                ('rrr', self.K, 3, 'KKK'), ('rhr', self.K, 3, 'K-K'),
+                ('rsr', self.K, 3, 'K-K'), ('hr', self.K, 2, 'DK'),
+                ('sr', self.K, 2, 'ZK'), ('rhs', self.K, 3, 'K--'),
+                # nobody
+                ('hhh', self.D, 3, 'D--'), ('sss', self.Z, 3, 'ZZZ'),
+                ('shs', self.Z, 3, 'Z-Z'), ('hs', self.Z, 2, 'DZ'),
+                # the message refused, the line lost
+                ('rrr', self.D, 3, '---'), ('rrr', self.Z, 3, '---'),
+                ('r', self.Z, 3, '---'), ('', self.Z, 3, '---'),
+                ('s', self.Z, 3, 'Z--'), ('rh', self.D, 2, '--'),
+                # who may have got it must not get it twice
+                ('rrr', self.TWICE, 3, 'ZZZ'), ('rsr', self.TWICE, 3, 'Z-Z'),
+                ('r', self.TWICE, 3, 'Z--')):
+            reports = [{'r': b'r', 'h': b'hno\n', 's': b'snot now\n'}[letter]
+                       for letter in letters]
+            texts = qr.verdicts(qr.Report(text, reports, b'', True), count)
+            self.assertEqual(want, ''.join(
+                each[:1].decode() or '-' for each in texts),
+                (letters, text, count))
+
+    def test_verdicts_before_anybody_was_told(self):
+        """What holds for one holds for all."""
+        for text, want in ((qr.NO_CONTROL, b'ZZZ'), (qr.BAD_SENDER, b'DDD'),
+                           (qr.DNS_SOFT, b'ZZZ')):
+            self.assertEqual([text] * 3, qr.verdicts(qr.Report(text), 3))
+        self.assertEqual(
+            [b'D' + qr.BAD_RECIPIENT[1:] + qr.NO_RECIPIENT[1:]] * 2,
+            qr.verdicts(qr.Report(qr.NO_RECIPIENT,
+                                  [qr.BAD_RECIPIENT] * 2), 2))
+
+    def test_frames(self):
+        parts = [b'1/2', b'', b'h', b'r@h']
+        whole = qr.frame(parts)
+        for end in range(len(whole)):
+            self.assertIsNone(qr.unframe(whole[:end], 99))
+        self.assertEqual(parts, qr.unframe(whole, 99))
+        for bad, most in ((whole + b'x', 99), (whole, len(whole) - 5),
+                          (b'\xff\xff\xff\xff', 99)):
+            self.assertRaises(qr.Malformed, qr.unframe, bad, most)
+
+    def test_answers(self):
+        """What a worker may say of one delivery, and of two."""
+        for texts, good in (([b'Kx'], 1), ([b'Zx'], 1), ([b'D'], 1),
+                            ([b''], 0), ([b'x'], 0), ([b'rx'], 0),
+                            ([b'Kx', b''], 2), ([b'', b''], 2), ([], 0),
+                            ([b'K', b'x'], 0), ([b'K'] * 3, 3)):
+            for count in 1, 2:
+                self.assertEqual(good == count, qr.sound(
+                    texts, [None] * count), texts)
+
+    def spawner(self, clock, **control):
+        """A Spawner without workers."""
+        spawner = qr.Spawner(20, os.getuid(), clock.wait, clock)
+        spawner.setting = qr.Setting(control_files(batch=50, **control),
+                                     None, qr.control_signature(
+                                         spawner.store))
+        return spawner
+
+    def gather(self, spawner, *deliveries):
+        for command in qr.CommandReader().take(commands(*deliveries)):
+            spawner.gather(command)
+
+    @staticmethod
+    def sizes(spawner):
+        return [len(group) for group in spawner.due]
+
+    def test_gathering(self):
+        """Five milliseconds after the first, and not more; at once after
+        the fiftieth, and when another message begins."""
+        clock = VirtualClock()
+        spawner = self.spawner(clock)
+        self.assertEqual(float('inf'), spawner.deadline())
+        start = clock.now
+        self.gather(spawner, (0, b'a@h'))
+        self.assertEqual(start + .005, spawner.deadline())
+        clock.now += .004
+        self.gather(spawner, (1, b'b@h'))
+        self.assertEqual(start + .005, spawner.deadline())
+        self.assertEqual([], self.sizes(spawner))
+        self.gather(spawner, (2, b'c@h', b's@x.example', b'0/18'))
+        self.assertEqual([2], self.sizes(spawner))
+        self.gather(spawner, *[(3, b'%d@h' % i, b's@x.example', b'0/18')
+                               for i in range(60)])
+        self.assertEqual([2, 50], self.sizes(spawner))
+        self.assertEqual([11], [len(group) for _, group in
+                                spawner.gathering.values()])
+
+    def test_who_goes_together(self):
+        for other, together in (
+                ((1, b'b@h'), True), ((1, b'b@H'), True),
+                ((1, b'a@h'), True), ((1, b'b@i'), False),
+                ((1, b'b@h', b'other@x'), False),
+                ((1, b'b@h', b's@x.example', b'0/18'), False),
+                ((1, b'\xc3\xa4@h'), False)):
+            spawner = self.spawner(VirtualClock())
+            self.gather(spawner, (0, b'a@h'), other)
+            groups = spawner.due + [group for _, group in
+                                    spawner.gathering.values()]
+            self.assertEqual(1 if together else 2, len(groups), other)
+
+    def test_batch_off(self):
+        spawner = self.spawner(VirtualClock())
+        spawner.setting.control.batch = 1
+        self.gather(spawner, (0, b'a@h'), (1, b'b@h'))
+        self.assertEqual([1, 1], self.sizes(spawner))
+
+    def test_idle_workers_end(self):
+        """After a minute, the oldest first."""
+        clock = VirtualClock()
+        spawner, ends = self.spawner(clock), []
+        for since in 0, 30:
+            near, far = socket.socketpair()
+            self.addCleanup(far.close)
+            child = subprocess.Popen(['true'])
+            self.addCleanup(child.wait)
+            worker = qr.Worker(child.pid, near, spawner.setting)
+            worker.since = clock.now + since
+            spawner.workers[near.fileno()] = worker
+            spawner.idle.append(worker)
+            ends.append(far)
+        self.assertEqual(clock.now + 60, spawner.deadline())
+        clock.now += 59.9
+        spawner.look_at_the_clock()
+        self.assertEqual(2, len(spawner.workers))
+        clock.now += .2
+        spawner.look_at_the_clock()
+        self.assertEqual(1, len(spawner.idle))
+        self.assertEqual(b'', ends[0].recv(1))
+        spawner.retire(spawner.idle.pop())
+        self.assertEqual({}, spawner.workers)
+
+    def test_nonsense_from_a_worker(self):
+        """It is killed; its own deliveries are deferred, no others'."""
+        for said in (b'\0\0\0\2KxKx', b'\xff\xff\xff\xff', b'\0\0\0\1x',
+                     qr.frame([b'K', b'K', b'K']), qr.frame([b'K']),
+                     qr.frame([b'K', b'x']), None):
+            with self.subTest(said):
+                spawner = self.spawner(VirtualClock())
+                near, far = socket.socketpair()
+                near.setblocking(False)
+                child = subprocess.Popen(['sleep', '60'])
+                worker = qr.Worker(child.pid, near, spawner.setting)
+                spawner.workers[near.fileno()] = worker
+                worker.group = qr.CommandReader().take(
+                    commands((4, b'a@h'), (9, b'b@h')))
+                spawner.busy, spawner.output = {4, 9, 11}, b''
+                if said is None:
+                    far.close()
+                else:
+                    far.sendall(said)
+                spawner.heard(worker)
+                self.assertEqual(-signal.SIGKILL, child.wait(10))
+                self.assertEqual(b'\4' + qr.SPAWN_CRASHED + b'\0\t' +
+                                 qr.SPAWN_CRASHED + b'\0', spawner.output)
+                self.assertEqual({11}, spawner.busy)
+                self.assertEqual({}, spawner.workers)
+                far.close()
+
+    def test_a_word_from_an_idle_worker(self):
+        spawner = self.spawner(VirtualClock())
+        near, far = socket.socketpair()
+        child = subprocess.Popen(['sleep', '60'])
+        worker = qr.Worker(child.pid, near, spawner.setting)
+        spawner.workers[near.fileno()] = worker
+        spawner.idle.append(worker)
+        far.sendall(b'\0')
+        spawner.heard(worker)
+        self.assertEqual(-signal.SIGKILL, child.wait(10))
+        self.assertEqual(([], {}), (spawner.idle, spawner.workers))
+        far.close()
+
+
+class Office:
+    """A mail server for many at once, on 127.0.0.1.  A recipient's local
+    part says what becomes of it: no... 550, later... 451, spam... 554 to the
+    message, gone... the line is lost after the message was taken, dead...
+    the same before it; slow... waits a little; wait... waits until
+    .release() is called.  most: no session takes more recipients, it says
+    452.  sessions: the recipients accepted in each that began MAIL; got:
+    recipients of messages taken."""
+
+    def __init__(self, most=999, hello=(b'PIPELINING',)):
+        self.most, self.hello = most, hello
+        self.sessions, self.got = [], []
+        self.waiting, self.gate = 0, threading.Event()
+        self.listener = socket.socket()
+        self.listener.bind((IP, 0))
+        self.listener.listen(300)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def release(self):
+        self.gate.set()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.listener.accept()[0]
+                threading.Thread(target=self.serve, args=(sock,),
+                                 daemon=True).start()
+
+    def serve(self, sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError, ValueError), sock, \
+                sock.makefile('rb') as lines:
+            self.session(sock, lines)
+
+    def session(self, sock, lines):
+        names = []
+
+        def say(text):
+            sock.sendall(text + b'\r\n')
+        say(b'220 office')
+        for line in lines:
+            word, name = line[:4].upper(), line.partition(b'<')[2].partition(
+                b'@')[0]
+            if word == b'EHLO':
+                for keyword in self.hello:
+                    say(b'250-' + keyword)
+                say(b'250 office')
+            elif word == b'MAIL':
+                self.sessions.append(names)
+                say(b'250 ok')
+            elif word == b'RCPT':
+                code = b'550 no' if name.startswith(b'no') else \
+                    b'451 later' if name.startswith(b'later') else \
+                    b'452 enough' if len(names) >= self.most else b'250 ok'
+                if code[:1] == b'2':
+                    names.append(name)
+                say(code)
+            elif word == b'DATA':
+                say(b'354 go' if names else b'503 nobody')
+                if names or lines.readline() != b'QUIT\r\n':
+                    self.message(sock, lines, names, say)
+                return
+            else:
+                say(b'500 what')
+
+    def message(self, sock, lines, names, say):
+        def any_name(start):
+            return any(name.startswith(start) for name in names)
+        for line in lines:
+            if line == b'.\r\n':
+                break
+        if any_name(b'dead'):
+            return
+        if any_name(b'wait'):
+            self.waiting += 1
+            self.gate.wait(20)
+        if any_name(b'slow'):
+            time.sleep(.05)
+        if any_name(b'spam'):
+            say(b'554 spam')
+            return
+        self.got += names
+        if not any_name(b'gone'):
+            say(b'250 taken')
+
+    def close(self):
+        self.release()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+class QmailSend:
+    """A scripted qmail-send: the program under the name qmail-rspawn on one
+    end of a socket pair, us on the other, in a home with the message 0/17.
+    office is where all mail goes."""
+
+    def __init__(self, office=None, limit=None, preexec_fn=None, **control):
+        self.home = Home(**control)
+        os.chmod(self.home.path, 0o755)
+        if office:
+            self.home.write('smtproutes', b':127.0.0.1:%d' % office.port)
+        if limit:
+            self.home.write('concurrencyspawn', b'%d' % limit)
+        self.mess = os.path.join(self.home.path, 'queue', 'mess', '0')
+        os.makedirs(self.mess)
+        with open(os.path.join(self.mess, '17'), 'wb') as f:
+            f.write(MESSAGE)
+        program = os.path.join(self.home.path, 'qmail-rspawn')
+        shutil.copy(PROGRAM, program)
+        self.sock, far = socket.socketpair()
+        self.sock.settimeout(20)
+        with far:
+            self.child = subprocess.Popen(
+                [sys.executable, '-IS', program], stdin=far, stdout=far,
+                stderr=subprocess.DEVNULL, preexec_fn=preexec_fn, env={
+                    'QMAILHOME': self.home.path, 'DNSCACHEIP': '127.0.0.1:1'})
+        self.left = b''
+        self.first = self.sock.recv(1)
+
+    def send(self, *deliveries):
+        self.sock.sendall(commands(*deliveries))
+
+    def reports(self, count):
+        """[(delnum, text)] of the next so many."""
+        found = []
+        while len(found) < count:
+            end = self.left.find(b'\0', 1)
+            if end < 0:
+                data = self.sock.recv(65536)
+                if not data:
+                    raise AssertionError('ended after %r' % found)
+                self.left += data
+                continue
+            found.append((self.left[0], self.left[1:end]))
+            self.left = self.left[end + 1:]
+        return found
+
+    def letters(self, count):
+        """{delnum: letter} of the next so many reports."""
+        found = self.reports(count)
+        letters = {delnum: text[:1].decode() for delnum, text in found}
+        if len(letters) < count:
+            raise AssertionError('one delivery twice: %r' % found)
+        return letters
+
+    def end(self):
+        """End of input; (what else it says, its status)."""
+        self.sock.shutdown(socket.SHUT_WR)
+        rest = self.left
+        while True:
+            data = self.sock.recv(65536)
+            if not data:
+                return rest, self.child.wait(10)
+            rest += data
+
+    def workers(self):
+        return children_of(self.child.pid)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.sock.close()
+        try:
+            self.child.wait(10)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self.home.__exit__()
+
+
+class Spawn(unittest.TestCase):
+    """The process under the name qmail-rspawn, as qmail-send sees it."""
+
+    TAKEN = b'K127.0.0.1 accepted message.\nRemote host said: 250 taken\n'
+
+    def office(self, **options):
+        office = Office(**options)
+        self.addCleanup(office.close)
+        return office
+
+    def wait_for(self, true, what):
+        end = time.monotonic() + 15
+        while not true():
+            self.assertLess(time.monotonic(), end, what)
+            time.sleep(.01)
+
+    def test_first_byte(self):
+        for data, want in ((None, 120), (b'20', 20), (b'1', 1), (b'0', 1),
+                           (b'255', 255), (b'256', 255), (b'many', 120)):
+            with QmailSend(concurrencyspawn=data) as qmail:
+                self.assertEqual((bytes((want,)), (b'', 0)),
+                                 (qmail.first, qmail.end()), data)
+
+    def test_no_home(self):
+        with Home() as home:        # without queue/mess
+            link = os.path.join(home.path, 'qmail-rspawn')
+            os.symlink(PROGRAM, link)
+            for where in home.path, '/nonexistent':
+                done = subprocess.run(
+                    [sys.executable, '-IS', link], env={'QMAILHOME': where},
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+                self.assertEqual((111, b''), (done.returncode, done.stdout))
+
+    def test_by_sh(self):
+        """As qmail-start runs it, by the lines of sh at the top."""
+        with Home() as home:
+            os.makedirs(os.path.join(home.path, 'queue', 'mess'))
+            link, path = os.path.join(home.path, 'qmail-rspawn'), \
+                bin_with_python3()
+            self.addCleanup(shutil.rmtree, path)
+            os.symlink(PROGRAM, link)
+            for where, want in ((home.path, (0, b'x')), ('/none', (111, b''))):
+                done = subprocess.run(
+                    ['sh', link], env={'QMAILHOME': where,
+                                       'PATH': path + ':/usr/bin:/bin'},
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+                self.assertEqual(want, (done.returncode, done.stdout))
+
+    def test_tcpto_is_cleared(self):
+        with QmailSend() as qmail:
+            qmail.end()
+        with Home() as home:
+            os.makedirs(os.path.join(home.path, 'queue', 'mess'))
+            for size in 1024, 320, 0:
+                with open(home.tcpto, 'wb') as f:
+                    f.write(b'x' * size)
+                link = os.path.join(home.path, 'qmail-rspawn')
+                if not os.path.lexists(link):
+                    os.symlink(PROGRAM, link)
+                subprocess.run([sys.executable, '-IS', link], timeout=20,
+                               env={'QMAILHOME': home.path},
+                               stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+                with open(home.tcpto, 'rb') as f:
+                    self.assertEqual(bytes(size), f.read())
+
+    def test_bad_commands(self):
+        """Each with qmail's text, and without harm to what runs."""
+        office = self.office()
+        with QmailSend(office, limit=20) as qmail:
+            os.mkdir(os.path.join(qmail.mess, '18'))
+            os.mkfifo(os.path.join(qmail.mess, '19'))
+            qmail.send((3, b'wait@h'))
+            self.wait_for(lambda: office.waiting, 'no delivery')
+            for delnum, messid, recipient, want in SpawnTables.BAD:
+                if want is not None:
+                    qmail.send((delnum, recipient, b's@x', messid))
+                    self.assertEqual([(delnum, want)], qmail.reports(1))
+            for messid, want in ((b'0/99', qr.SPAWN_NO_OPEN),
+                                 (b'17', qr.SPAWN_NO_OPEN),
+                                 (b'0/17/', qr.SPAWN_NO_OPEN),
+                                 (b'0/18', qr.SPAWN_WRONG_TYPE),
+                                 (b'0/19', qr.SPAWN_WRONG_TYPE)):
+                qmail.send((0, b'r@h', b's@x', messid))
+                self.assertEqual([(0, want)], qmail.reports(1), messid)
+            if not os.getuid():
+                os.chown(os.path.join(qmail.mess, '17'), 65534, -1)
+                qmail.send((0, b'r@h'))
+                self.assertEqual([(0, qr.SPAWN_WRONG_OWNER)],
+                                 qmail.reports(1))
+            office.release()
+            self.assertEqual([(3, self.TAKEN)], qmail.reports(1))
+            self.assertEqual((b'', 0), qmail.end())
+
+    def test_verdicts(self):
+        """One by one, and each in a session of its own."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            for name, want in (
+                    (b'one', self.TAKEN),
+                    (b'no', b'D127.0.0.1 does not like recipient.\nRemote '
+                     b'host said: 550 no\nGiving up on 127.0.0.1.\n'),
+                    (b'later', b'Z127.0.0.1 does not like recipient.\nRemote '
+                     b'host said: 451 later\nGiving up on 127.0.0.1.\n'),
+                    (b'spam', b'D127.0.0.1 failed after I sent the message.\n'
+                     b'Remote host said: 554 spam\n'),
+                    (b'dead', TWICE.encode()), (b'gone', TWICE.encode()),
+                    (b'a\rb', b'D' + qr.BAD_RECIPIENT[1:] +
+                     qr.NO_RECIPIENT[1:])):
+                qmail.send((7, name + b'@h'))
+                self.assertEqual([(7, want)], qmail.reports(1))
+            self.assertEqual([[b'one'], [], [], [b'spam'], [b'dead'],
+                              [b'gone']], office.sessions)
+            qmail.home.write('smtproutes', b':relay:99999')
+            qmail.send((7, b'one@h'))
+            self.assertEqual([(7, NO_CONTROL.encode())], qmail.reports(1))
+
+    def test_together(self):
+        """Fifty in one session, in the order of the commands."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            qmail.send(*[(i, b'r%d@h' % i) for i in range(120)])
+            self.assertEqual({i: 'K' for i in range(120)},
+                             qmail.letters(120))
+        self.assertEqual([50, 50, 20], sorted(map(len, office.sessions))[::-1])
+        self.assertEqual([b'r%d' % i for i in range(120)],
+                         sum(sorted(office.sessions,
+                                    key=lambda names: int(names[0][1:])), []))
+
+    def test_mixed(self):
+        """Each has his own verdict, and nobody gets it twice."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            qmail.send(*[(i, name + b'@h') for i, name in enumerate(
+                (b'a', b'no1', b'b', b'later1', b'c', b'a\rb'))])
+            self.assertEqual({0: 'K', 1: 'D', 2: 'K', 3: 'Z', 4: 'K', 5: 'D'},
+                             qmail.letters(6))
+        self.assertEqual([b'a', b'b', b'c'], sorted(office.got))
+        self.assertEqual([[], [], [b'a', b'b', b'c']],
+                         sorted(office.sessions))
+
+    def test_what_one_of_them_spoils(self):
+        """A message that is refused because of one of them, a line that is
+        lost: the others go alone, and get it."""
+        for bad, letter in ((b'spam', 'D'), (b'dead', 'Z'), (b'gone', 'Z')):
+            office = self.office()
+            with self.subTest(bad), QmailSend(office) as qmail:
+                qmail.send((0, b'a@h'), (1, bad + b'@h'), (2, b'b@h'))
+                got = qmail.letters(3)
+                if letter == 'D':       # nothing has been taken: once more
+                    self.assertEqual({0: 'K', 1: 'D', 2: 'K'}, got)
+                    self.assertEqual([b'a', b'b'], sorted(office.got))
+                else:                   # perhaps it has: not now
+                    self.assertEqual({0: 'Z', 1: 'Z', 2: 'Z'}, got)
+                    self.assertEqual(1, len(office.sessions))
+
+    def test_too_many_for_the_server(self):
+        office = self.office(most=3)
+        with QmailSend(office) as qmail:
+            qmail.send(*[(i, b'r%d@h' % i) for i in range(8)])
+            self.assertEqual({i: 'K' for i in range(8)}, qmail.letters(8))
+        self.assertEqual([b'r%d' % i for i in range(8)], sorted(office.got))
+
+    def test_batch_off(self):
+        for batch in b'0', b'1':
+            office = self.office()
+            with QmailSend(office, batch=batch) as qmail:
+                qmail.send(*[(i, b'r%d@h' % i) for i in range(5)])
+                qmail.reports(5)
+            self.assertEqual([1] * 5, list(map(len, office.sessions)))
+
+    def test_255_at_once(self):
+        office = self.office()
+        with QmailSend(office, limit=255, batch=b'0') as qmail:
+            self.assertEqual(b'\xff', qmail.first)
+            qmail.send(*[(i, b'wait%d@h' % i) for i in range(255)])
+            qmail.send((254, b'again@h'), (255, b'more@h'))
+            self.assertEqual([(254, qr.SPAWN_IN_USE),
+                              (255, qr.SPAWN_TOO_BIG)], qmail.reports(2))
+            self.wait_for(lambda: office.waiting == 255, 'not all at once')
+            office.release()
+            self.assertEqual({i: 'K' for i in range(255)},
+                             qmail.letters(255))
+            self.assertEqual((b'', 0), qmail.end())
+        self.assertEqual(255, len(set(office.got)))
+
+    def test_killed_workers(self):
+        """A killed one defers its own deliveries; the next one is born when
+        it is needed."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            if not qmail.workers():
+                qmail.send((9, b'first@h'))
+                qmail.reports(1)
+            if not qmail.workers():
+                self.skipTest('no /proc')
+            before = set(qmail.workers())
+            qmail.send((0, b'wait0@h'), (1, b'wait1@h'))
+            self.wait_for(lambda: office.waiting == 1, 'no delivery')
+            qmail.send((2, b'wait2@other'))
+            self.wait_for(lambda: office.waiting == 2, 'no delivery')
+            first, = before
+            os.kill(first, signal.SIGKILL)
+            self.assertEqual([(0, qr.SPAWN_CRASHED), (1, qr.SPAWN_CRASHED)],
+                             sorted(qmail.reports(2)))
+            qmail.send((0, b'next@h'))
+            self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
+            office.release()
+            self.assertEqual([(2, self.TAKEN)], qmail.reports(1))
+            for worker in qmail.workers():      # idle ones
+                os.kill(worker, signal.SIGKILL)
+            time.sleep(.1)
+            qmail.send((0, b'last@h'))
+            self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
+            self.assertEqual((b'', 0), qmail.end())
+
+    def test_killed_spawner(self):
+        """Its workers notice within seconds, and leave."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            qmail.send((0, b'idle@h'))
+            qmail.reports(1)
+            workers = qmail.workers()
+            qmail.child.kill()
+            qmail.child.wait()
+            self.wait_for(lambda: not any(map(runs, workers)), workers)
+
+    def test_descriptors(self):
+        """A worker holds its own, and nobody else's."""
+        office = self.office()
+        with QmailSend(office, batch=b'0') as qmail:
+            qmail.send(*[(i, b'wait%d@h' % i) for i in range(10)])
+            self.wait_for(lambda: office.waiting == 10, 'no delivery')
+            for worker in qmail.workers():
+                links = [os.readlink('/proc/%d/fd/%d' % (worker, fd))
+                         for fd in range(3)]
+                self.assertEqual(['/dev/null'] * 3, links)
+                rest = [os.readlink('/proc/%d/fd/%s' % (worker, fd)) for fd
+                        in os.listdir('/proc/%d/fd' % worker) if int(fd) > 2]
+                rest = [link.split(':')[0] for link in rest
+                        if 'urandom' not in link]
+                self.assertEqual(['socket', 'socket',
+                                  os.path.join(qmail.mess, '17')],
+                                 sorted(rest, key=lambda link: link[0] == '/'))
+            office.release()
+            qmail.reports(10)
+            self.assertEqual((b'', 0), qmail.end())
+
+    def test_workers_are_replaced(self):
+        """After 200 deliveries, and when a control file has changed."""
+        office, other = self.office(), self.office()
+        with QmailSend(office, batch=b'0') as qmail:
+            seen = []
+
+            def deliver(messid=b'0/99'):
+                qmail.send((0, b'r@h', b's@x', messid))
+                qmail.reports(1)
+                seen.append(tuple(qmail.workers()))
+            for _ in range(201):
+                deliver()
+            if not any(seen):
+                self.skipTest('no /proc')
+            self.assertEqual(1, len(set(seen[:199])))
+            self.assertNotEqual(seen[0], seen[200])
+            deliver(b'0/17')
+            qmail.home.write('smtproutes', b':127.0.0.1:%d' % other.port)
+            deliver(b'0/17')
+            self.assertNotEqual(seen[-1], seen[-2])
+            self.assertEqual((1, 1), (len(office.got), len(other.got)))
+
+    def test_end_of_input(self):
+        """Nothing is left undone, and half a command is no command."""
+        for state, send, count in (
+                ('idle', b'', 0), ('in a command', b'\0' b'0/17\0s@x\0r@', 0),
+                ('gathering', commands((0, b'a@h'), (1, b'b@h')), 2),
+                ('in delivery', commands((0, b'slow@h')), 1),
+                ('both', commands((0, b'slow@h'), (1, b'b@i')) + b'\2' b'0', 2)):
+            office = self.office()
+            with self.subTest(state), QmailSend(office) as qmail:
+                qmail.sock.sendall(send)
+                if state == 'in delivery':
+                    self.wait_for(lambda: office.sessions, 'no delivery')
+                rest, status = qmail.end()
+                self.assertEqual((count, 0), (rest.count(self.TAKEN), status))
+                self.assertEqual(count, len(office.got))
+
+    def test_a_reader_that_sleeps(self):
+        """Reports pile up, and then no more commands are taken: nothing is
+        lost, and memory does not grow."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            count = 60000
+            flood = commands((0, b'a@h')) + \
+                commands((250, b'b@h')) * count
+            sender = threading.Thread(target=qmail.sock.sendall,
+                                      args=(flood,), daemon=True)
+            sender.start()
+            time.sleep(.5)
+            self.assertTrue(sender.is_alive(), 'all of it was taken')
+            found = qmail.reports(count + 1)
+            sender.join(10)
+            self.assertEqual([self.TAKEN], [text for delnum, text in found
+                                            if delnum == 0])
+            self.assertEqual({qr.SPAWN_TOO_BIG}, {
+                text for delnum, text in found if delnum})
+            self.assertEqual((b'', 0), qmail.end())
+
+    def test_qmail_send_is_gone(self):
+        """It finishes, and goes too."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            qmail.send((0, b'slow@h'))
+            self.wait_for(lambda: office.sessions, 'no delivery')
+            qmail.sock.close()
+            self.assertEqual(0, qmail.child.wait(10))
+        self.assertEqual([b'slow'], office.got)
+
+    def test_no_pipe(self):
+        with QmailSend() as qmail:
+            try:
+                resource.prlimit(qmail.child.pid, resource.RLIMIT_NOFILE,
+                                 (4, 4))
+            except (AttributeError, OSError):
+                self.skipTest('no prlimit')
+            qmail.send((0, b'a@h'), (1, b'b@i'))
+            self.assertEqual([(0, qr.SPAWN_NO_PIPE), (1, qr.SPAWN_NO_PIPE)],
+                             sorted(qmail.reports(2)))
+            self.assertEqual((b'', 0), qmail.end())
+
+    def test_no_fork(self):
+        """A user who may have no process more; root always may."""
+        if os.getuid():
+            self.skipTest('takes root')
+
+        def lone_user():
+            os.setgid(64999)
+            os.setuid(64999)
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        try:
+            with QmailSend(preexec_fn=lone_user) as qmail:
+                qmail.send((0, b'a@h'))
+                self.assertEqual([(0, qr.SPAWN_NO_FORK)], qmail.reports(1))
+                self.assertEqual((b'', 0), qmail.end())
+        except PermissionError:
+            self.skipTest('this Python is for root alone')
+
+    def test_under_fire(self):
+        """Random commands, faults, and killed workers: each delivery gets
+        one report, K means that the server has it, and what the server has
+        without a K is called a possible duplicate, or crashed."""
+        chance = random.Random(int.from_bytes(os.urandom(4), 'big'))
+        office = self.office(most=4)
+        with QmailSend(office) as qmail:
+            names, reports, free = {}, {}, set(range(40))
+            kinds = [b'r'] * 8 + [b'no', b'later', b'spam', b'dead', b'gone',
+                                  b'slow']
+            end = time.monotonic() + 1.5
+            number = 0
+            while time.monotonic() < end and number < 3000:
+                for _ in range(chance.randrange(1, 12)):
+                    if free:
+                        delnum, number = free.pop(), number + 1
+                        names[delnum] = b'%s%d' % (chance.choice(kinds),
+                                                   number)
+                        qmail.send((delnum, names[delnum] + b'@h%d' %
+                                    chance.randrange(3)))
+                if chance.random() < .1:
+                    for worker in chance.sample(qmail.workers(), 1) \
+                            if qmail.workers() else ():
+                        os.kill(worker, signal.SIGKILL)
+                while len(free) < 40 and (len(free) < 8 or
+                                          chance.random() < .9):
+                    (delnum, text), = qmail.reports(1)
+                    self.assertNotIn(names[delnum], reports)
+                    reports[names[delnum]] = text
+                    free.add(delnum)
+            for delnum, text in qmail.reports(40 - len(free)):
+                reports[names[delnum]] = text
+            self.assertEqual((b'', 0), qmail.end())
+        self.assertEqual(number, len(reports))
+        got = collections.Counter(office.got)
+        for name, text in reports.items():
+            unsure = b'Possible duplicate' in text or \
+                text == qr.SPAWN_CRASHED
+            if text[:1] == b'K':
+                self.assertEqual(1, got[name], (name, text))
+            elif not unsure:
+                self.assertEqual(0, got[name], (name, text))
+            else:
+                self.assertLessEqual(got[name], 1, (name, text))
+            if text[:1] == b'D':
+                self.assertIn(name.rstrip(b'0123456789'), (b'no', b'spam'))
+        self.assertGreater(sum(text[:1] == b'K'
+                               for text in reports.values()), 20)
+
+
 def manual_page(text):
     """The manual as a man(7) page.  A paragraph whose lines all begin in
     the same column of prose is filled; all else keeps its lines."""
@@ -8704,7 +9601,7 @@ class ManualPage(unittest.TestCase):
         for name in names:
             text = getattr(qr, name).decode()
             # One letter decides; ACCEPTED and those after it have none.
-            text = re.sub('^[DZKh](?=[A-Z%])', '', text)
+            text = re.sub('^[DZKh](?=[A-Zq%])', '', text)
             for part in re.split('%[sd]', text):
                 self.assertIn(' '.join(part.split()), manual, name)
         for file in re.findall("b'control/([a-z.]+)'", program) + \
@@ -8733,18 +9630,24 @@ class InQmail(unittest.TestCase):
             with self.subTest(program), \
                     tempfile.TemporaryDirectory() as root:
                 home = os.path.join(root, 'var/q/bin')
-                place = os.path.join(home, 'qmail-remote')
+                names = 'qmail-remote', 'qmail-rspawn'
+                targets = 'install-qmail', 'install-qmail-rspawn'
                 self.assertNotEqual(
-                    0, self.make(program, root, 'install-qmail')[0])
+                    0, self.make(program, root, targets[0])[0])
                 os.makedirs(home)
-                with open(place, 'wb') as f:
-                    f.write(b'the old one')
-                os.chmod(place, 0o711)
+                for name in names:
+                    place = os.path.join(home, name)
+                    with open(place, 'wb') as f:
+                        f.write(b'the old ' + name.encode())
+                    os.chmod(place, 0o711)
                 for _ in range(2):      # twice: the old one stays saved
-                    status, said = self.make(program, root, 'install-qmail')
+                    status, said = self.make(program, root, *targets)
                     self.assertEqual(0, status, said)
-                    self.assertEqual('/opt/lib/qmail-remote/qmail_remote.py',
-                                     os.readlink(place))
+                    for name in names:
+                        place = os.path.join(home, name)
+                        self.assertEqual(
+                            '/opt/lib/qmail-remote/qmail_remote.py',
+                            os.readlink(place))
                 real = root + os.readlink(place)
                 self.assertEqual(0o755, os.stat(real).st_mode & 0o7777)
                 page = os.path.join(root,
@@ -8753,13 +9656,16 @@ class InQmail(unittest.TestCase):
                     self.assertEqual(manual_page(qr.__doc__).encode(),
                                      f.read())
                 self.assertEqual(
-                    ['qmail-remote', 'qmail-remote.classic'],
-                    sorted(os.listdir(home)))
+                    [name + end for name in names for end in
+                     ('', '.classic')], sorted(os.listdir(home)))
                 self.assertEqual(0, self.make(program, root, 'uninstall')[0])
-                self.assertEqual(['qmail-remote'], os.listdir(home))
-                with open(place, 'rb') as f:
-                    self.assertEqual(b'the old one', f.read())
-                self.assertEqual(0o711, os.stat(place).st_mode & 0o7777)
+                self.assertEqual(names, tuple(sorted(os.listdir(home))))
+                for name in names:
+                    place = os.path.join(home, name)
+                    with open(place, 'rb') as f:
+                        self.assertEqual(b'the old ' + name.encode(),
+                                         f.read())
+                    self.assertEqual(0o711, os.stat(place).st_mode & 0o7777)
                 self.assertFalse(os.path.exists(page))
                 self.assertFalse(os.path.exists(real))
 
