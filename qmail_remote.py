@@ -4168,23 +4168,25 @@ def spawn():
 
 
 def main():
-    """Runs and reports.  Whatever was not foreseen is a deferral."""
-    if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
-        try:
-            os._exit(spawn())
-        except BaseException:
-            os._exit(111)
+    """Runs and reports.  Whatever was not foreseen is a deferral; for a
+    spawner status 111, and qmail-send notices."""
+    status, output = 0, b''
     try:
         try:
-            output = output_of(run(sys.argv))
+            if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
+                status = 111
+                status = spawn()
+            else:
+                output = output_of(run(sys.argv))
         except Report as report:
             output = output_of(report)
     except MemoryError:
         output = NO_MEMORY + b'\0'
     except BaseException:
         output = NO_RESOURCES + b'\0'
-    write_output(output)
-    os._exit(0)
+    if not status:
+        write_output(output)
+    os._exit(status)
 
 
 if __name__ == '__main__':

@@ -11333,7 +11333,8 @@ with open('control/port') as f:
     port = int(f.read())
 try:
     control, words = qr.read_control(), [os.fsencode(x) for x in sys.argv[2:]]
-    world = qr.real_world(control, False)
+    world = qr.real_world(
+        control, qr.Message(0, False, control.timeoutremote))
     world.connect = lambda address, _, seconds: qr.connect(
         address, port, seconds)
     report = qr.deliver(words[0], words[1], words[2:], control, world)
