@@ -34,7 +34,7 @@ help:
 
 # -B: leave no __pycache__.
 check:
-	$(PYTHON) -B test_qmail_remote.py
+	@$(PYTHON) -B test_qmail_remote.py check
 
 demo:
 	@$(PYTHON) -B test_qmail_remote.py demo

@@ -4,8 +4,8 @@
 Rooms, in order: common ground; fakes (a scripted SMTP server, a scripted
 name server); pure tables; dialogues; the process from outside; real peers
 (skipped where they are not installed, required where REAL_PEERS=required);
-and the commands `demo`, `bench` and `fuzz`.  Run: python3
-test_qmail_remote.py
+and the commands `demo`, `bench`, `fuzz` and `check`, which runs all tests.
+python3 test_qmail_remote.py Class.test runs one.
 """
 import atexit
 import binascii
@@ -18,6 +18,7 @@ import glob
 import hashlib
 import hmac
 import importlib.util
+import io
 import itertools
 import os
 import platform
@@ -14444,10 +14445,69 @@ def bench():
     return True
 
 
+# ------------------------------------------------------------ All tests
+
+# Those that take longest go first, so that none of them is left over.
+LONGEST = ('Spawn', 'Process', 'Tls', 'Pipelining', 'EximWithoutTest',
+           'EximTest', 'Waiting', 'Fuzzing', 'Replies', 'Chunking')
+
+
+def check_some(names, numbers, folder):
+    """The share of one process: the classes whose numbers, a byte each, it
+    gets from a pipe.  For each it leaves a file in folder: how many tests
+    it ran and skipped, and what went wrong."""
+    atexit._clear()             # the parent's
+    for number in iter(lambda: os.read(numbers, 1), b''):
+        name, said = names[number[0]], io.StringIO()
+        suite = unittest.defaultTestLoader.loadTestsFromName(
+            name, sys.modules[__name__])
+        result = unittest.TextTestRunner(said, verbosity=0).run(suite)
+        sys.stderr.write('.' if result.wasSuccessful() else 'F')
+        with open(os.path.join(folder, name), 'w') as f:
+            f.write('%d %d\n' % (result.testsRun, len(result.skipped)))
+            if not result.wasSuccessful():
+                f.write(said.getvalue())
+    atexit._run_exitfuncs()     # our own; os._exit() would not
+
+
+def check():
+    """The command: all tests, in a process for each processor; whether all
+    went well.  A class that nobody has finished has not."""
+    start, folder = time.monotonic(), tempfile.mkdtemp(prefix='check-')
+    names = [name for name, what in globals().items() if isinstance(
+        what, type) and issubclass(what, unittest.TestCase) and
+        unittest.defaultTestLoader.getTestCaseNames(what)]
+    names.sort(key=lambda name: LONGEST.index(name)
+               if name in LONGEST else len(LONGEST))
+    numbers, queue = os.pipe()
+    os.write(queue, bytes(range(len(names))))
+    os.close(queue)
+    children = [forked(lambda: check_some(names, numbers, folder))
+                for _ in range(min(4, os.cpu_count() or 1))]
+    for child in children:
+        os.waitpid(child, 0)
+    ran, skipped, bad = 0, 0, []
+    for name in names:
+        try:
+            with open(os.path.join(folder, name)) as f:
+                counts, text = f.readline().split(), f.read()
+        except OSError:
+            counts, text = (0, 0), 'not finished\n'
+        ran, skipped = ran + int(counts[0]), skipped + int(counts[1])
+        if text:
+            bad.append(name)
+            print('\n%s\n%s' % (name, text), file=sys.stderr)
+    shutil.rmtree(folder)
+    print('\n%d tests in %.0f seconds, %d skipped: %s' % (
+        ran, time.monotonic() - start, skipped,
+        'FAILED: ' + ' '.join(bad) if bad else 'OK'), file=sys.stderr)
+    return bool(ran) and not bad
+
+
 if __name__ == '__main__':
     if sys.argv[1:] == ['manual']:
         sys.stdout.buffer.write(manual_page(qr.__doc__).encode('ascii'))
         sys.exit(0)
-    if sys.argv[1:] in (['demo'], ['bench'], ['fuzz']):
+    if sys.argv[1:] in (['demo'], ['bench'], ['fuzz'], ['check']):
         sys.exit(0 if globals()[sys.argv[1]]() else 1)
     unittest.main()
