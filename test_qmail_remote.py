@@ -9043,9 +9043,11 @@ class Office:
 class QmailSend:
     """A scripted qmail-send: the program under the name qmail-rspawn on one
     end of a socket pair, us on the other, in a home with the message 0/17.
-    office is where all mail goes."""
+    office (anything with a port) is where all mail goes; program is one
+    that can be executed under that name, if not this."""
 
-    def __init__(self, office=None, limit=None, preexec_fn=None, **control):
+    def __init__(self, office=None, limit=None, preexec_fn=None,
+                 program=None, message=MESSAGE, **control):
         self.home = Home(**control)
         os.chmod(self.home.path, 0o755)
         if office:
@@ -9055,15 +9057,19 @@ class QmailSend:
         self.mess = os.path.join(self.home.path, 'queue', 'mess', '0')
         os.makedirs(self.mess)
         with open(os.path.join(self.mess, '17'), 'wb') as f:
-            f.write(MESSAGE)
-        program = os.path.join(self.home.path, 'qmail-rspawn')
-        shutil.copy(PROGRAM, program)
+            f.write(message)
+        command = [os.path.join(self.home.path, 'qmail-rspawn')]
+        if program:
+            os.symlink(program, command[0])
+        else:
+            shutil.copy(PROGRAM, command[0])
+            command[:0] = [sys.executable, '-IS']
         self.sock, far = socket.socketpair()
         self.sock.settimeout(20)
         with far:
             self.child = subprocess.Popen(
-                [sys.executable, '-IS', program], stdin=far, stdout=far,
-                stderr=subprocess.DEVNULL, preexec_fn=preexec_fn, env={
+                command, stdin=far, stdout=far, stderr=subprocess.DEVNULL,
+                preexec_fn=preexec_fn, env={
                     'QMAILHOME': self.home.path, 'DNSCACHEIP': '127.0.0.1:1'})
         self.left = b''
         self.first = self.sock.recv(1)
@@ -9085,6 +9091,18 @@ class QmailSend:
             found.append((self.left[0], self.left[1:end]))
             self.left = self.left[end + 1:]
         return found
+
+    def at_hand(self):
+        """The reports that have come already."""
+        self.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.left += self.sock.recv(65536)
+        self.sock.settimeout(20)
+        count = 0
+        at = self.left.find(b'\0', 1)
+        while at >= 0:
+            count, at = count + 1, self.left.find(b'\0', at + 2)
+        return self.reports(count)
 
     def letters(self, count):
         """{delnum: letter} of the next so many reports."""
@@ -13945,8 +13963,9 @@ class Sink:
     """An SMTP server that takes everything as fast as Python can: commands
     as they come, of a message no more than its end is looked at."""
 
-    def __init__(self, keywords):
+    def __init__(self, keywords, context=None):
         self.hello = b''.join(b'250-%s\r\n' % word for word in keywords)
+        self.context = context      # for STARTTLS
         self.block = bytearray(1 << 20)
 
     def serve(self, listener):
@@ -13962,11 +13981,26 @@ class Sink:
             finally:
                 sock.close()
 
+    def serve_each(self, listener):
+        """The same for many at once, a process for each."""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            def alone(sock):
+                with contextlib.suppress(OSError):
+                    sock.sendall(b'220 sink.example\r\n')
+                    self.session(sock)
+            forked(alone, listener.accept()[0])
+
     def session(self, sock):
         data = b''
         while True:
             more = sock.recv(65536)
             if not more:
+                return
+            if self.context and more == b'STARTTLS\r\n':
+                sock.sendall(b'220 go\r\n')
+                with self.context.wrap_socket(sock, server_side=True) as tls:
+                    self.session(tls)
                 return
             *lines, data = (data + more).split(b'\n')
             answer = b''
@@ -14051,32 +14085,75 @@ def hold_back(near, port):
                 sock.shutdown(socket.SHUT_WR)
 
 
+def keep_waiting(listener):
+    """A server that says nothing."""
+    held = []
+    while True:
+        held.append(listener.accept()[0])
+
+
+def family(pid):
+    """A process and all its descendants; without /proc just itself."""
+    found = [pid]
+    for each in found:
+        found += children_of(each)
+    return found
+
+
+def seconds_of(pids):
+    """CPU seconds of processes and of their children that have ended, as
+    Linux counts them; None elsewhere."""
+    total = 0
+    for pid in pids:
+        try:
+            with open('/proc/%d/schedstat' % pid) as f:
+                total += int(f.read().split()[0]) / 1e9
+            with open('/proc/%d/stat' % pid, 'rb') as f:
+                fields = f.read().rpartition(b')')[2].split()
+        except OSError:
+            return None
+        total += sum(map(int, fields[13:15])) / os.sysconf('SC_CLK_TCK')
+    return total
+
+
+def share_of_memory(pids):
+    """Proportional set size in bytes (proc(5)); None without it."""
+    try:
+        total = 0
+        for pid in pids:
+            with open('/proc/%d/smaps_rollup' % pid) as f:
+                total += int(re.search(r'Pss:\s+(\d+)', f.read()).group(1))
+        return total * 1024
+    except OSError:
+        return None
+
+
 class Places:
     """The servers of the bench: {name: port}.  Leaving the with block ends
     them."""
 
-    NAMES = ['data', 'chunk', 'far', 'farchunk']
-
     def __enter__(self):
         base = int(os.environ.get('BENCH_PORT', '0'))
         offers = [b'PIPELINING', b'8BITMIME', b'SIZE']
-        sinks = [Sink(offers), Sink(offers + [b'CHUNKING'])]
+        sink = Sink(offers)
+        servers = {'data': sink.serve, 'crowd': sink.serve_each,
+                   'chunk': Sink(offers + [b'CHUNKING']).serve,
+                   'tls': Sink(offers + [b'STARTTLS'],
+                               tls_server('relay+ca')[0]).serve,
+                   'mute': keep_waiting}
+        for name in 'far', 'farchunk', 'farcrowd':
+            servers[name] = lambda listener, near=name[3:] or 'data': relay(
+                listener, self.ports[near])
         self.ports, self.children, listeners = {}, [], []
-        for i, name in enumerate(self.NAMES):
+        for i, name in enumerate(servers):
             listener = socket.socket()
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(('127.0.0.1', base and base + i))
-            listener.listen(16)
+            listener.listen(128)
             self.ports[name] = listener.getsockname()[1]
             listeners.append(listener)
-        for i, listener in enumerate(listeners):
-            if i < 2:
-                child = forked(sinks[i].serve, listener)
-            else:
-                port = self.ports[self.NAMES[i - 2]]
-                child = forked(lambda listener, port=port: relay(
-                    listener, port), listener)
-            self.children.append(child)
+        for serve, listener in zip(servers.values(), listeners):
+            self.children.append(forked(serve, listener))
         return self
 
     def __exit__(self, *_):
@@ -14371,6 +14448,97 @@ class Bench:
         os.unlink(huge)
         print('  to reach: 2 MB more')
 
+    # As qmail-rspawn.
+
+    def feed(self, place, together, messages, recipients, **control):
+        """(seconds, CPU seconds) of so many messages to so many recipients
+        each, with so many deliveries at once, through one spawner."""
+        port = collections.namedtuple('Place', 'port')(self.ports[place])
+        queue = [(b'0/17' if recipients > 1 else b'0/%d' % (20 + number),
+                  b'r%d@there.example' % each)
+                 for number in range(messages) for each in range(recipients)]
+        queue.reverse()
+        with open(self.kilobyte, 'rb') as f:
+            message = f.read()
+        with QmailSend(port, program=self.ours, message=message,
+                       **control) as qmail:
+            for messid in {messid for messid, _ in queue} - {b'0/17'}:
+                os.link(os.path.join(qmail.mess, '17'),
+                        os.path.join(qmail.mess, messid[2:].decode()))
+            start, free, good = time.monotonic(), list(range(together)), 0
+            while queue or len(free) < together:
+                block = [(free.pop(), recipient, b's@x.example', messid)
+                         for messid, recipient in
+                         [queue.pop() for _ in range(min(len(queue),
+                                                         len(free)))]]
+                if block:
+                    qmail.send(*block)
+                for delnum, text in qmail.reports(1) + [
+                        each for each in qmail.at_hand()]:
+                    free.append(delnum)
+                    good += text[:1] == b'K'
+            wall = time.monotonic() - start
+            cpu = seconds_of(family(qmail.child.pid))
+            qmail.end()
+        if good != messages * recipients:
+            raise RuntimeError('%d delivered: %r' % (good, text))
+        return wall, cpu
+
+    def started(self, count):
+        """The same of single runs of qmail-remote, one after the other."""
+        before, start = os.times(), time.monotonic()
+        for number in range(count):
+            with open(self.kilobyte, 'rb') as message:
+                subprocess.call(
+                    [self.ours, 'data.example', 's@x.example',
+                     'r@there.example'], stdin=message, env=self.env,
+                    stdout=subprocess.DEVNULL)
+        after = os.times()
+        return time.monotonic() - start, \
+            sum(after[2:4]) - sum(before[2:4])
+
+    def spawner(self):
+        self.table('As qmail-rspawn, with a scripted qmail-send: 500 '
+                   'messages, medians of 5', ['at once', 'a second',
+                                              'CPU ms each'])
+        wall, cpu = self.started(100)
+        self.line('qmail-remote, started', 1, '%.0f' % (100 / wall),
+                  '%.2f' % (10 * cpu))
+        for title, place in (('qmail-rspawn', 'data'),
+                             ('the same over TLS', 'tls')):
+            for together in 20, 100:
+                runs = [self.feed(place, together, 500, 1)
+                        for _ in range(5)]
+                wall, cpu = map(statistics.median, zip(*runs)) \
+                    if runs[0][1] is not None else (runs[0][0], 0)
+                self.line(title, together, '%.0f' % (500 / wall),
+                          '%.2f' % (2 * cpu))
+        self.table('One message, 500 recipients at one host, a round trip '
+                   'of %d ms' % (2e3 * HALF_TRIP), ['at once', 'wall ms'])
+        for title, batch in (('a session for each', b'0'),
+                             ('as it comes', None)):
+            for together in 20, 100:
+                wall, _ = self.feed('farcrowd', together, 1, 500,
+                                    batch=batch)
+                self.line(title, together, '%.0f' % (wall * 1e3))
+        self.table('Memory of all processes, 100 deliveries waiting for a '
+                   'server', ['MB each', 'to reach'])
+        place = collections.namedtuple('Place', 'port')(self.ports['mute'])
+        with QmailSend(place, program=self.ours, batch=b'0') as qmail:
+            qmail.send(*[(number, b'r%d@there.example' % number)
+                         for number in range(100)])
+            end = time.monotonic() + 10
+            while time.monotonic() < end and \
+                    len(family(qmail.child.pid)) < 102:
+                time.sleep(.1)
+            time.sleep(1)
+            pids = family(qmail.child.pid)
+            share = share_of_memory(pids)
+            self.line('%d processes' % len(pids), '-' if share is None else
+                      '%.2f' % (share / 1e8), '1.5')
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
     def late(self, kilobyte):
         self.table(
             'DNS answers %d ms late; the wall less that of answers at once, '
@@ -14434,7 +14602,9 @@ def bench():
                     'by make' if 'root' in (it.installed or '').split('/')
                     else 'a copy with bytecode' if it.installed
                     else 'no, that takes root'))
+                it.kilobyte = kilobyte
                 it.small(kilobyte)
+                it.spawner()
                 it.far(kilobyte)
                 it.large()
                 it.memory(kilobyte)
