@@ -481,7 +481,6 @@ SPAWN_GATHER = 0.005            # how long they are waited for
 SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
 SPAWN_PACE = 0.001              # between forks: a worker may come free
 SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
-SIGKILL = 9                     # signal.h; the module would cost 5 ms
 WORKER_REHEARSALS = 20          # what CPython 3.11 adapts to, it has seen
 WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
 
@@ -2072,13 +2071,14 @@ class TlsContexts:
 
 
 def trust_store():
-    """The paths of the system's trust store; none without ssl."""
+    """Where the system's trust store is, or would be; [] without ssl."""
     try:
         import ssl
     except ImportError:
         return []
     paths = ssl.get_default_verify_paths()
-    return [path for path in (paths.cafile, paths.capath) if path]
+    return [paths.cafile or paths.openssl_cafile,
+            paths.capath or paths.openssl_capath]
 
 
 def pem_certificates(pem):
@@ -3702,7 +3702,8 @@ def unframe(data, most):
 
 class Setting(Value):
     """What workers are born with.  control: a Control, or why there is none
-    (bytes); contexts: TlsContexts; signature: of the files behind them."""
+    (bytes); contexts: TlsContexts; signature: of the files behind them, or
+    None."""
     __slots__ = ('control', 'contexts', 'signature')
 
 
@@ -3745,29 +3746,28 @@ def rehearse(control, contexts):
             world.line = lambda sock: Line(sock, never)
             verdicts(deliver(b'[192.0.2.1]', b'a@b', [b'c@d'], alone, world),
                      1)
-    except Report:
+    except Exception:           # it has other reasons to fail than mail has
         pass
     finally:
         os.close(fd)
 
 
-def read_setting():
-    """The Setting of this moment."""
-    store = trust_store()
-    signature = control_signature(store)
+def read_setting(store):
+    """The Setting of this moment; store as trust_store() gives it.  One
+    without a Control lasts for one delivery: what kept us from reading may
+    be no fault of the files."""
+    signature, contexts = control_signature(store), TlsContexts()
     try:
         control = read_control()
     except Report as report:
-        control = report.text
-    contexts = TlsContexts()
+        return Setting(report.text, contexts, None)
     try:
         files = read_tls_control(b'')
         for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
             contexts(TlsPolicy(True, False, check, None), files)
     except (ImportError, Report):
         pass                    # each delivery will see what becomes of it
-    if not isinstance(control, bytes):
-        rehearse(control, contexts)
+    rehearse(control, contexts)
     return Setting(control, contexts, signature)
 
 
@@ -3833,7 +3833,7 @@ class Spawner:
         self.limit, self.owner = limit, owner
         self.wait, self.clock = wait, clock
         self.reader, self.ended = CommandReader(), False
-        self.output, self.deaf = bytes((limit,)), False
+        self.output, self.deaf = bytearray((limit,)), False
         self.busy = set()       # delivery numbers
         self.gathering = {}     # key: (when it is due, Commands)
         self.due = []           # groups of Commands that no worker has yet
@@ -3946,7 +3946,7 @@ class Spawner:
         except BlockingIOError:
             pass
         except OSError:         # qmail-send is gone
-            self.output, self.deaf = b'', True
+            self.output, self.deaf = bytearray(), True
 
     # Workers
 
@@ -3956,7 +3956,10 @@ class Spawner:
         if self.setting and \
                 self.setting.signature == control_signature(self.store):
             return
-        self.setting = read_setting()
+        try:
+            self.setting = read_setting(self.store)
+        except Exception:       # no memory, no descriptor: for now
+            self.setting = Setting(NO_RESOURCES, TlsContexts(), None)
         while self.idle:
             self.retire(self.idle.pop())
         try:
@@ -4069,9 +4072,11 @@ class Spawner:
                 self.due.append([command])
 
     def bury(self, worker):
-        """A worker that has died or lost its wits, and its deliveries."""
+        """A worker that has died or lost its wits, and its deliveries.  Its
+        process id is still its own: nobody has waited for it."""
+        import _signal
         try:
-            os.kill(worker.pid, SIGKILL)
+            os.kill(worker.pid, _signal.SIGKILL)
         except OSError:
             pass
         if worker in self.idle:
@@ -4099,7 +4104,7 @@ def reaped(pid):
     """Whether this child has gone."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except OSError:             # SIGCHLD is ignored: nobody has to wait
+    except OSError:
         return True
 
 
@@ -4154,6 +4159,8 @@ def run(argv):
 
 def spawn():
     """The run under the name qmail-rspawn; returns the exit status."""
+    import _signal              # the C half of signal, as with os
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # see bury()
     set_launcher(None)          # to stop in mid-delivery helps nobody
     fill_descriptors()
     try:

@@ -8920,7 +8920,7 @@ class SpawnTables(Tables):
                 spawner.workers[near.fileno()] = worker
                 worker.group = qr.CommandReader().take(
                     commands((4, b'a@h'), (9, b'b@h')))
-                spawner.busy, spawner.output = {4, 9, 11}, b''
+                spawner.busy, spawner.output = {4, 9, 11}, bytearray()
                 if said is None:
                     far.close()
                 else:
@@ -9454,6 +9454,27 @@ class Spawn(unittest.TestCase):
             qmail.sock.close()
             self.assertEqual(0, qmail.child.wait(10))
         self.assertEqual([b'slow'], office.got)
+
+    def test_no_memory_for_new_control_files(self):
+        """Deferrals, and it goes on when there is some again."""
+        office = self.office()
+        with QmailSend(office) as qmail:
+            if not hasattr(resource, 'prlimit'):
+                self.skipTest('no prlimit')
+            qmail.send((0, b'a@h'))
+            self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
+            limits = resource.prlimit(qmail.child.pid,
+                                      resource.RLIMIT_NOFILE)
+            resource.prlimit(qmail.child.pid, resource.RLIMIT_NOFILE,
+                             (1, limits[1]))
+            qmail.home.write('timeoutremote', b'7')
+            qmail.send((0, b'a@h'))
+            self.assertEqual([b'Z'], [text[:1] for _, text
+                                      in qmail.reports(1)])
+            resource.prlimit(qmail.child.pid, resource.RLIMIT_NOFILE, limits)
+            qmail.send((0, b'a@h'))
+            self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
+            self.assertEqual((b'', 0), qmail.end())
 
     def test_no_pipe(self):
         with QmailSend() as qmail:
