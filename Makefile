@@ -61,7 +61,11 @@ install:
 	umask 022; mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(LIBDIR)'
 	umask 022; \
 	python=$$($(PYTHON) -ISc 'import sys; print(sys.executable)') && \
-	here=$$(pwd) && cd '$(DESTDIR)$(LIBDIR)' && case "$$python" in /*) ;; *) exit 1 ;; esac && \
+	here=$$(pwd) && cd '$(DESTDIR)$(LIBDIR)' && \
+	case "$$python" in \
+	/*) ;; \
+	*) echo "$(PYTHON) does not say where it is." >&2; exit 1 ;; \
+	esac && \
 	sed -e "s|^LC_ALL=C python3 |LC_ALL=C $$python |" \
 	    -e 's|^QMAIL_HOME = .*|QMAIL_HOME = b"$(QMAIL_HOME)"|' \
 	    "$$here/qmail_remote.py" >qmail_remote.new && \

@@ -8,11 +8,13 @@
 # To compile this file takes Python longer than to deliver a message.  So the
 # few lines for python3 -c run the bytecode in __pycache__ beside the file, if
 # root has put it there and nobody else can change it, and it fits the source
-# and this Python (SourceFileLoader sees to that); otherwise the source.
+# and this Python (SourceFileLoader sees to that); otherwise the source.  There
+# is no garbage in bytecode, and 0.1 ms is saved by not looking for it.
 trap 'exit 111' 0
 [ -t 2 ] || exec 2>/dev/null
 LC_ALL=C python3 -ISB -X under_sh -c '
-import posix, sys
+import gc, posix, sys
+gc.disable()
 from _frozen_importlib_external import SourceFileLoader, cache_from_source
 del sys.argv[0]
 path = sys.argv[0]
@@ -30,6 +32,8 @@ try:
     code = loader.get_code("qmail_remote")
 except Exception:
     code = loader.source_to_code(loader.get_data(path), path)
+getattr(gc, "freeze", int)()
+gc.enable()
 exec(code)
 ' "$0" "$@" && trap - 0 && exit 0
 exit 111

@@ -9414,7 +9414,8 @@ class Spawn(unittest.TestCase):
                 ('idle', b'', 0), ('in a command', b'\0' b'0/17\0s@x\0r@', 0),
                 ('gathering', commands((0, b'a@h'), (1, b'b@h')), 2),
                 ('in delivery', commands((0, b'slow@h')), 1),
-                ('both', commands((0, b'slow@h'), (1, b'b@i')) + b'\2' b'0', 2)):
+                ('both', commands((0, b'slow@h'), (1, b'b@i')) + b'\0020',
+                 2)):
             office = self.office()
             with self.subTest(state), QmailSend(office) as qmail:
                 qmail.sock.sendall(send)
