@@ -483,7 +483,7 @@ SPAWN_MESSID_MAX = 99           # bytes; spawn.c
 SPAWN_BATCH = 50                # recipients of one delivery
 SPAWN_GATHER = 0.005            # how long they are waited for
 SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
-SPAWN_PACE = 0.001              # between forks: a worker may come free
+SPAWN_PACE = 0.002              # a fork waits so long for a free worker
 SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
 WORKER_REHEARSALS = 20          # what CPython 3.11 adapts to, it has seen
 WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
@@ -3841,7 +3841,7 @@ class Spawner:
         self.busy = set()       # delivery numbers
         self.gathering = {}     # key: (when it is due, Commands)
         self.due = []           # groups of Commands that no worker has yet
-        self.forked = 0         # when the last worker was
+        self.given = 0          # when a worker last got work
         self.workers = {}       # descriptor: Worker
         self.idle = []          # Workers, the one that came last at the end
         self.dead = []          # process ids that nobody has waited for
@@ -3882,7 +3882,7 @@ class Spawner:
         """When there is something to do though nothing happens."""
         times = [due for due, _ in self.gathering.values()]
         if self.due:
-            times.append(self.forked + SPAWN_PACE)
+            times.append(self.given + SPAWN_PACE)
         if self.idle:
             times.append(self.idle[0].since + WORKER_IDLE)
         if self.dead:
@@ -3974,13 +3974,13 @@ class Spawner:
             pass
 
     def dispatch(self, now):
-        """Gives the groups that are due to workers: to idle ones, or to one
-        new one for now."""
+        """Gives the groups that are due to workers: to idle ones, or, if
+        none has come free for a while, to one new one."""
         self.renew()
-        while self.due and (self.idle or self.forked + SPAWN_PACE <= now):
-            group = self.due.pop(0)
+        while self.due and (self.idle or self.given + SPAWN_PACE <= now):
+            group, self.given = self.due.pop(0), now
             if not self.idle:
-                self.forked, text = now, self.start()
+                text = self.start()
                 if text:
                     for command in group:
                         self.done(command, text)
