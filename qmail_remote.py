@@ -3164,7 +3164,8 @@ class Session:
         data = [b'DATA' if chunk is None else b'BDAT %d LAST' % len(chunk)]
         replies = self.exchange([mail] + recipients + data
                                 if recipients else [mail], chunk or b'')
-        self.envelope.told = b'PIPELINING' in self.offered
+        if b'PIPELINING' in self.offered:
+            self.envelope.told = True
         self.mail_reply(next(replies))
         self.envelope.told = True
         for address in self.envelope.recipients:

@@ -8805,6 +8805,34 @@ class SpawnTables(Tables):
             qr.verdicts(qr.Report(qr.NO_RECIPIENT,
                                   [qr.BAD_RECIPIENT] * 2), 2))
 
+    def test_whether_somebody_was_told(self):
+        """Of the recipients: with MAIL, or after it; and what one server
+        has heard, the next one does not take back."""
+        refused = 'S: 550 no\nQ:\n'
+        pipelined = ('S: 220 fake\nC: EHLO me.example\nS: 250-fake\n'
+                     'S: 250 PIPELINING\n' + MAIL + RCPT + 'C: DATA\n' +
+                     refused)
+        for before, script, after in (
+                (False, TO_MAIL + refused, False), (False, pipelined, True),
+                (False, 'S: 550 no\nQ:\n', False),
+                (True, TO_MAIL + refused, True), (True, pipelined, True),
+                (False, TO_RCPT + refused, True)):
+            envelope = qr.Envelope(SENDER.encode(),
+                                   [RECIPIENTS[0].encode()], before)
+            with FakeESMTP(script) as server, self.subTest(script):
+                world = world_of(
+                    tcpto=qr.TcpTo(b'/nonexistent', time.time, 1),
+                    line=qr.Line, message=None,
+                    tls_control=lambda name: qr.TlsControl(
+                        None, False, None, b''),
+                    connect=lambda address, port, seconds: qr.connect(
+                        IP.encode(), server.port, seconds))
+                with contextlib.suppress(qr.NextServer):
+                    qr.try_server(qr.Server(IP.encode(), 25, b'', [], None),
+                                  qr.Route(None, None, None), envelope,
+                                  control_files(), world)
+            self.assertEqual(after, envelope.told)
+
     def test_frames(self):
         parts = [b'1/2', b'', b'h', b'r@h']
         whole = qr.frame(parts)
