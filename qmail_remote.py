@@ -387,6 +387,11 @@ DIFFERENCES
 
     QUIT is sent and not waited for.  The exit status is 0 or 111.
 
+    From qmail-rspawn of qmail 1.03: no program is run.  A recipient's report
+    waits for those who go with him.  When it is killed, deliveries under way
+    stop within seconds and are deferred.  The number of deliveries at once
+    is in a control file.
+
 SEE ALSO
     qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),
     qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505, RFC 7672, RFC 8314
