@@ -3972,12 +3972,9 @@ class Spawner:
             self.setting = Setting(NO_RESOURCES, TlsContexts(), None)
         while self.idle:
             self.retire(self.idle.pop())
-        try:
-            import gc
-            gc.collect()
-            gc.freeze()         # workers share these pages for longer
-        except (ImportError, AttributeError):   # Python 3.6, PyPy
-            pass
+        import gc
+        gc.collect()
+        getattr(gc, 'freeze', int)()    # workers share the pages for longer
 
     def dispatch(self, now):
         """Gives the groups that are due to workers: to idle ones, or, if
