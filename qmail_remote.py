@@ -3901,7 +3901,7 @@ class Spawner:
             if due <= now or self.ended:
                 self.due.append(self.gathering.pop(key)[1])
         if self.due:
-            self.dispatch(now)
+            self.dispatch()
         while self.idle and self.idle[0].since + WORKER_IDLE <= now:
             self.retire(self.idle.pop(0))
         self.dead = [pid for pid in self.dead if not reaped(pid)]
@@ -3976,18 +3976,19 @@ class Spawner:
         gc.collect()
         getattr(gc, 'freeze', int)()    # workers share the pages for longer
 
-    def dispatch(self, now):
+    def dispatch(self):
         """Gives the groups that are due to workers: to idle ones, or, if
         none has come free for a while, to one new one."""
         self.renew()
-        while self.due and (self.idle or self.given + SPAWN_PACE <= now):
-            group, self.given = self.due.pop(0), now
-            if not self.idle:
-                text = self.start()
-                if text:
-                    for command in group:
-                        self.done(command, text)
-                    continue
+        while self.due and (self.idle or
+                            self.given + SPAWN_PACE <= self.clock()):
+            group = self.due.pop(0)
+            trouble = None if self.idle else self.start()
+            self.given = self.clock()       # a fork may take longer than that
+            if trouble:
+                for command in group:
+                    self.done(command, trouble)
+                continue
             worker, first = self.idle.pop(), group[0]
             worker.group, worker.jobs = group, worker.jobs + 1
             worker.unsent = frame(
