@@ -4146,6 +4146,11 @@ def argument_bytes(argument):
         return argument.encode('utf-8', 'surrogateescape')
 
 
+def enter_home():
+    """Changes to the qmail home.  Raises OSError."""
+    os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
+
+
 def run(argv):
     """The whole run; returns its Report."""
     closed = fill_descriptors()
@@ -4153,7 +4158,7 @@ def run(argv):
     if len(arguments) < 3:
         return Report(USAGE)
     try:
-        os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
+        enter_home()
     except OSError:
         return Report(NO_HOME)
     control, screen = read_control(), NOBODY
@@ -4172,7 +4177,7 @@ def spawn():
     set_launcher(None)          # to stop in mid-delivery helps nobody
     fill_descriptors()
     try:
-        os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
+        enter_home()
         owner = os.stat(b'queue/mess/.').st_uid
         os.set_blocking(1, False)
     except OSError:
