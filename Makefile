@@ -70,7 +70,9 @@ install:
 	    -e 's|^QMAIL_HOME = .*|QMAIL_HOME = b"$(QMAIL_HOME)"|' \
 	    "$$here/qmail_remote.py" >qmail_remote.new && \
 	chmod 755 qmail_remote.new && \
-	./qmail_remote.new </dev/null | grep '^DI (qmail-remote)' >/dev/null && \
+	{ ./qmail_remote.new </dev/null | grep '^DI (qmail-remote)' >/dev/null || \
+	    { echo "$$python cannot run it; nothing is changed." >&2; \
+	    rm qmail_remote.new; exit 1; }; } && \
 	mv qmail_remote.new qmail_remote.py && \
 	mkdir -p __pycache__ && chmod 755 __pycache__ && \
 	"$$python" -ISc 'import py_compile as c; c.compile("qmail_remote.py", \

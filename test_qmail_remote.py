@@ -8638,6 +8638,35 @@ class Start(unittest.TestCase):
             self.assertEqual([], [name for _, _, names in os.walk(prefix)
                                   for name in names])
 
+    def test_install_refuses(self):
+        """A Python that cannot run it, or does not know where it is: said
+        in a sentence, and what was there stays."""
+        if shutil.which('make') is None:
+            self.skipTest('no make')
+        prefix = os.path.join(self.dir, 'prefix')
+        library = os.path.join(prefix, 'lib', 'qmail-remote')
+        os.makedirs(library)
+        installed = os.path.join(library, 'qmail_remote.py')
+        with open(installed, 'w') as f:
+            f.write('the one before')
+        broken = os.path.join(self.bin, 'broken')
+        for script, why in (
+                ('case $1 in -ISc) echo %s ;; *) exit 1 ;; esac' % broken,
+                'cannot run it; nothing is changed'),
+                ('echo python3', 'does not say where it is')):
+            with open(broken, 'w') as f:
+                f.write('#!/bin/sh\n%s\n' % script)
+            os.chmod(broken, 0o755)
+            done = subprocess.run(
+                ['make', '-s', '-C', HERE, 'install', 'PREFIX=' + prefix,
+                 'PYTHON=' + broken], stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=30)
+            self.assertNotEqual(0, done.returncode)
+            self.assertIn(why, done.stdout.decode())
+            self.assertEqual(['qmail_remote.py'], os.listdir(library))
+            with open(installed) as f:
+                self.assertEqual('the one before', f.read())
+
     def test_options_of_python(self):
         """No PYTHON variables, no site, no new bytecode, no locale."""
         os.unlink(os.path.join(self.bin, 'python3'))
