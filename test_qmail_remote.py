@@ -9228,6 +9228,35 @@ class Spawn(unittest.TestCase):
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
                 self.assertEqual((111, b''), (done.returncode, done.stdout))
 
+    def test_modules_are_loaded(self):
+        """A worker finds all of them in memory, for the Python on the disk
+        may have changed: TLS with a check, CRAM-MD5, A-labels, DANE."""
+        code = (
+            'import sys\nsys.path.insert(0, %r)\nimport qmail_remote as qr\n'
+            'qr.load_modules()\n'
+            'qr.read_setting(qr.trust_store())\n'
+            'before = set(sys.modules)\n'
+            'plain = qr.TlsControl(None, False, None, b"")\n'
+            'import ssl\n'
+            'for check in qr.TlsPolicy.NOTHING, qr.TlsPolicy.SYSTEM:\n'
+            '    policy = qr.TlsPolicy(True, True, check, None)\n'
+            '    layer = qr.TlsLayer(qr.tls_context(policy, plain), b"x.y")\n'
+            '    layer.handshake()\n'
+            'qr.tls_context(qr.TlsPolicy(True, True, qr.TlsPolicy.FILE, '
+            '%r), plain)\n'
+            'qr.hmac_md5(b"a", b"b"), qr.unbase64(b"YQ==")\n'
+            'qr.wire_name("\u00e4".encode("utf-8"))\n'
+            'for matching in 1, 2:\n'
+            '    qr.dane_match((3, 0, matching, b""), b"")\n'
+            'qr.can_show_chain()\n'
+            'print(sorted(set(sys.modules) - before))\n') % (
+                HERE, PEM['relay'].encode())
+        with Home() as home:
+            done = subprocess.run(
+                [sys.executable, '-ISB', '-c', code], cwd=home.path,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((b'[]\n', b''), (done.stdout, done.stderr))
+
     def test_by_sh(self):
         """As qmail-start runs it, by the lines of sh at the top."""
         with Home() as home:
