@@ -9123,6 +9123,8 @@ class QmailSend:
             command[:0] = [sys.executable, '-IS']
         self.sock, far = socket.socketpair()
         self.sock.settimeout(20)
+        for sock in self.sock, far:     # a pipe has no more
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         with far:
             self.child = subprocess.Popen(
                 command, stdin=far, stdout=far, stderr=subprocess.DEVNULL,
@@ -9433,9 +9435,10 @@ class Spawn(unittest.TestCase):
             self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
             office.release()
             self.assertEqual([(2, self.TAKEN)], qmail.reports(1))
-            for worker in qmail.workers():      # idle ones
+            idle = qmail.workers()
+            for worker in idle:
                 os.kill(worker, signal.SIGKILL)
-            time.sleep(.1)
+            self.wait_for(lambda: not any(map(runs, idle)), 'not killed')
             qmail.send((0, b'last@h'))
             self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
             self.assertEqual((b'', 0), qmail.end())
@@ -9453,6 +9456,8 @@ class Spawn(unittest.TestCase):
 
     def test_descriptors(self):
         """A worker holds its own, and nobody else's."""
+        if not os.path.isdir('/proc/self/fd'):
+            self.skipTest('no /proc')
         office = self.office()
         with QmailSend(office, batch=b'0') as qmail:
             qmail.send(*[(i, b'wait%d@h' % i) for i in range(10)])
