@@ -13472,6 +13472,23 @@ class StartTlsServer(TlsMailServer):
         self.assertEqual(reports[0][:1], b's')
         self.assertIn(b'no supported AUTH method found', reports[1])
 
+    def test_as_qmail_rspawn(self):
+        """Several deliveries by one process, later ones with a ticket; and
+        recipients of each fate in one session."""
+        port = collections.namedtuple('Port', 'port')(self.peer.ports[''])
+        for control, checked in (({}, b'certificate not checked'),
+                                 (PEER_CA, b'verified')):
+            with self.subTest(checked), QmailSend(port, **control) as qmail:
+                for _ in range(3):
+                    qmail.send((0, b'one@peer.example'),
+                               (1, b'refused@peer.example'),
+                               (2, b'two@peer.example'),
+                               (3, b'later@peer.example'))
+                    for delnum, text in sorted(qmail.reports(4)):
+                        self.assertEqual(b'KDKZ'[delnum], text[0], text)
+                        self.assertIn(b', ' + checked + b'\n', text)
+                self.assertEqual((b'', 0), qmail.end())
+
 
 class TlsServerAtOnce(TlsMailServer):
     at_once = True
