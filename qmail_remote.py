@@ -241,7 +241,7 @@ REPORTS
 CONTROL FILES
     All of them are in the directory control of the qmail home.  A file may
     be absent.  One that cannot be read, is longer than 1 MiB or holds
-    nonsense defers all mail.
+    nonsense defers all mail, and so does a symbolic link that leads nowhere.
 
     helohost
         Name to greet with.  Default: me, if that is supplied; otherwise
@@ -754,14 +754,31 @@ class Invalid(Exception):
     """A control file holds nonsense."""
 
 
+def absent(path):
+    """Whether there is no such entry, not even a symbolic link.  Raises
+    OSError if a link that leads nowhere is in its place or on the way: who
+    made it wanted something to be there, a certificate for a password's
+    server, for example."""
+    ends = [at for at, c in enumerate(path) if c == ord('/') and at]
+    for end in ends + [len(path)]:
+        try:
+            os.lstat(path[:end])
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return True
+            raise
+        os.stat(path[:end])
+    return False
+
+
 def read_file(path, most):
-    """The bytes of a regular file or device, None if there is none; never
+    """The bytes of a regular file or device, None if it is absent(); never
     waits for a FIFO.  Raises OSError, and Invalid if it is anything else or
     holds more than most bytes."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG) and absent(path):
             return None
         raise
     try:
@@ -818,15 +835,18 @@ SIGNED_FILES = [b'control/' + name for name in (
 
 
 def control_signature(more=()):
-    """Differs as soon as one of the files, or of the paths in more, does."""
+    """Differs as soon as one of the files, or of the paths in more, does,
+    or a symbolic link in its place."""
     signature = []
     for path in SIGNED_FILES + list(more):
-        try:
-            status = os.stat(path)
-            signature.append((status.st_dev, status.st_ino, status.st_size,
-                              status.st_mtime_ns, status.st_ctime_ns))
-        except OSError as error:
-            signature.append(error.errno)
+        for look in os.lstat, os.stat:
+            try:
+                status = look(path)
+                signature.append((
+                    status.st_dev, status.st_ino, status.st_size,
+                    status.st_mtime_ns, status.st_ctime_ns))
+            except OSError as error:
+                signature.append(error.errno)
     return signature
 
 
