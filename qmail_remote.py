@@ -78,7 +78,9 @@ DESCRIPTION
 
     Until one server has accepted the sender, whatever goes wrong there (no
     connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
-    to the next one.  After that the server's word is final.
+    to the next one.  After that the server's word is final.  If no server is
+    left, the message bounces if each one that could be reached refused the
+    sender with 5xx; otherwise it is tried again later.
 
     TLS is used where the server offers STARTTLS; if it fails, the message
     goes to the same address in the clear.  On port 465 it is used from the
@@ -591,12 +593,13 @@ class NextServer(Exception):
 
     report is what to say if there is none, or None, tail its last line;
     note the trail's words; answered tells whether the server itself
-    refused, permanent whether it did so for good (5xx to MAIL)."""
+    refused, permanent whether it did so for good (5xx to MAIL), reached
+    whether there was a connection to it."""
 
     def __init__(self, report, note, answered=False, permanent=False,
-                 tail=b''):
+                 tail=b'', reached=True):
         Exception.__init__(self, note)
-        self.tail = tail
+        self.tail, self.reached = tail, reached
         self.report, self.note = report, note
         self.answered, self.permanent = answered, permanent
 
@@ -1683,9 +1686,8 @@ def lookup_suffix(key, marks, table):
 
 
 def find_servers(host, route, resolver, own):
-    """(the Servers in the order to try them, whether there may be others:
-    some failed to resolve for now, or are too many).  own tells whether an
-    address is this host's.  Raises Report if there is none (RFC 5321 5.1)."""
+    """The Servers in the order to try them; own tells whether an address is
+    this host's.  Raises Report if there is none (RFC 5321 5.1)."""
     port = route.port or PORT_SMTP
     target, relay = route.relay or host, route.relay is not None
     missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
@@ -1706,7 +1708,7 @@ def find_servers(host, route, resolver, own):
             raise Report(DNS_SOFT if soft else missing
                          if relay or not exists else NO_ADDRESS)
     if not relay:
-        found, soft = better_than_own(found, soft, own)
+        found = better_than_own(found, soft, own)
     servers, seen = [], set()
     for exchanger in in_order(found):
         for address in exchanger.addresses:
@@ -1715,7 +1717,7 @@ def find_servers(host, route, resolver, own):
                 servers.append(Server(
                     address, port, host_name(exchanger.name) or address,
                     exchanger.tlsa, host_name(exchanger.tlsa_name)))
-    return servers[:SERVERS_MAX], bool(soft or servers[SERVERS_MAX:])
+    return servers[:SERVERS_MAX]
 
 
 def find_exchangers(name, resolver, missing, host):
@@ -1814,18 +1816,19 @@ def literal_target(name):
 
 
 def better_than_own(found, soft, own):
-    """found and soft without what is not strictly better than the best
-    address of this host's own.  Raises Report if nothing is left."""
+    """found without what is not strictly better than the best address of
+    this host's own; soft are the preferences of those that may have more,
+    later.  Raises Report if nothing is left."""
     limit = min((exchanger.preference for exchanger in found
                  if any(own(address) for address in exchanger.addresses)),
                 default=None)
     if limit is not None:
         found = [exchanger for exchanger in found
                  if exchanger.preference < limit]
-        soft = [preference for preference in soft if preference < limit]
         if not found:
-            raise Report(DNS_SOFT if soft else OWN_ADDRESS)
-    return found, soft
+            raise Report(DNS_SOFT if min(soft, default=limit) < limit
+                         else OWN_ADDRESS)
+    return found
 
 
 def shuffled(values):
@@ -3512,19 +3515,19 @@ def deliver(host, sender, recipients, control, world):
         raise Report(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
     route = choose_route(host, sender, control)
     world.screen.say(Screen.REMARK, route_words(host, sender, route, control))
-    servers, more = find_servers(host, route, world.resolver, world.own)
+    servers = find_servers(host, route, world.resolver, world.own)
     world.message.check()
-    report = try_servers(servers, not more, lambda server: try_server(
+    report = try_servers(servers, lambda server: try_server(
         server, route, envelope, control, world), world.screen)
     report.begun = envelope.told
     return report
 
 
-def try_servers(servers, complete, attempt, screen=NOBODY):
+def try_servers(servers, attempt, screen=NOBODY):
     """The Report of the first server that attempt() gets one from; if none
     is left, the refusal of the most preferred one that answered.  That is
-    permanent only if all servers are known (complete) and each refused the
-    sender for good."""
+    permanent if each one that was reached refused the sender for good, and
+    there was one: those that were not would be waited for in vain."""
     failures, report = [], None
     for server in servers:
         try:
@@ -3541,8 +3544,8 @@ def try_servers(servers, complete, attempt, screen=NOBODY):
             + [failure for _, failure in failures if failure.report]
         best = (refusals + [NextServer(NO_CONNECTION, b'')])[0]
         text = best.report
-        if not complete or not all(failure.permanent
-                                   for _, failure in failures):
+        if not all(failure.permanent
+                   for _, failure in failures if failure.reached):
             text = temporary(text)
         report = Report(text, (), best.tail)
     if tried > 1:
@@ -3560,14 +3563,21 @@ def try_server(server, route, envelope, control, world):
     tls_control = world.tls_control(server.name)
     if server.tlsa is None and tls_control.pem is None and \
             not tls_control.never:
-        raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed')
+        raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed',
+                         reached=False)
     tls = choose_tls(server.port, password, server.tlsa, tls_control)
     if tls.required and not tls.wanted:
         raise NextServer(TLS_FORBIDDEN % (server.name, server.port),
                          b'TLS forbidden by control/notlshosts')
+    failure = None
     while True:
+        try:
+            line = open_line(server, control, world)
+        except NextServer as unreached:
+            unreached.reached = failure is not None
+            raise
         session = Session(
-            open_line(server, control, world), server, control, envelope,
+            line, server, control, envelope,
             route.credentials, world.message, tls,
             lambda policy: world.tls_context(policy, tls_control),
             world.screen, world.tickets)
@@ -3592,15 +3602,16 @@ def open_line(server, control, world):
     world.screen.say(Screen.REMARK, b'server: %s, port %d (%s)' % (
         address, server.port, server.name))
     if world.tcpto.skip(address):
-        raise NextServer(None, b'timed out before, not tried (qmail-tcpto)')
+        raise NextServer(None, b'timed out before, not tried (qmail-tcpto)',
+                         reached=False)
     try:
         sock = world.connect(address, server.port, control.timeoutconnect)
     except TimedOut:
         world.tcpto.timed_out(address)
-        raise NextServer(None, b'connection timed out')
+        raise NextServer(None, b'connection timed out', reached=False)
     except OSError as error:
         world.tcpto.answered(address)
-        raise NextServer(None, reason(error))
+        raise NextServer(None, reason(error), reached=False)
     world.tcpto.answered(address)
     return world.line(sock)
 

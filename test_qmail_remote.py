@@ -2870,7 +2870,7 @@ class Resolving(Tables):
 
 # Where to
 
-SOFT, MORE = 'soft', 'more'
+SOFT = 'soft'
 
 
 class Zone:
@@ -2909,13 +2909,11 @@ class WhereTo(Tables):
         return address == self.OWN.encode()
 
     def find(self, host, records, route=None, own=None):
-        """The addresses in order, as words; "more" last if there may be
-        others: unknown for now, or too many."""
+        """The addresses in order, as words."""
         zone = records if isinstance(records, Zone) else Zone(records)
-        servers, more = qr.find_servers(
+        servers = qr.find_servers(
             host, route or qr.Route(None, None, None), zone, own or self.own)
-        return ' '.join([server.address.decode() for server in servers] +
-                        [MORE] * more)
+        return ' '.join(server.address.decode() for server in servers)
 
     def test_exchangers(self):
         hosts = {'a A': ['192.0.2.1'], 'b A': ['192.0.2.2'],
@@ -2961,24 +2959,22 @@ class WhereTo(Tables):
                 ('no target exists', [(10, 'nowhere'), (20, 'gone')],
                  qr.NO_ADDRESS),
                 ('one is soft', [(10, 'later'), (20, 'a')],
-                 '192.0.2.1 more'),
+                 '192.0.2.1'),
                 ('the worst is soft', [(10, 'a'), (20, 'later')],
-                 '192.0.2.1 more'),
+                 '192.0.2.1'),
                 ('all are soft', [(10, 'later')], qr.DNS_SOFT),
                 ('soft and nowhere', [(10, 'later'), (20, 'nowhere')],
                  qr.DNS_SOFT),
                 ('soft A, no AAAA', [(10, 'vain')], qr.DNS_SOFT),
                 ('soft A and no AAAA, and another', [(10, 'vain'), (5, 'a')],
-                 '192.0.2.1 more'),
+                 '192.0.2.1'),
                 ('an address 224.0.0.1 is tried like others',
                  [(10, '224.0.0.1')], '224.0.0.1')):
             with self.subTest(title):
                 self.check(want, self.find, b'h', dict(
                     hosts, **dict(here, **{'h MX': exchangers})))
-        # Half an exchanger: use what is known, but the other half may be
-        # friendlier, so that a refusal is not for good.
-        for name, want in (('half', '2001:db8::5 more'),
-                           ('half2', '192.0.2.5 more')):
+        # Half an exchanger: use what is known.
+        for name, want in (('half', '2001:db8::5'), ('half2', '192.0.2.5')):
             self.check(want, self.find, b'h', dict(
                 hosts, **{'h MX': [(10, name)]}))
 
@@ -3051,7 +3047,7 @@ class WhereTo(Tables):
                 ('a better one is soft', [(10, 'later'), (20, 'me')],
                  qr.DNS_SOFT),
                 ('a better one is soft, another is not',
-                 [(10, 'later'), (15, 'a'), (20, 'me')], '192.0.2.1 more'),
+                 [(10, 'later'), (15, 'a'), (20, 'me')], '192.0.2.1'),
                 ('an equal one is soft', [(20, 'later'), (20, 'me')],
                  qr.OWN_ADDRESS),
                 ('a worse one is soft', [(30, 'later'), (20, 'me')],
@@ -3085,7 +3081,7 @@ class WhereTo(Tables):
 
     def test_ports(self):
         def port(route):
-            servers, _ = qr.find_servers(
+            servers = qr.find_servers(
                 b'h', route, Zone({'h A': ['192.0.2.1']}), self.own)
             return servers[0].port
         self.check(25, port, qr.Route(None, None, None))
@@ -3096,11 +3092,11 @@ class WhereTo(Tables):
         """Each Server knows whose address it is."""
         zone = Zone({'h MX': [(10, 'a.example')],
                      'a.example A': ['192.0.2.1']})
-        servers, _ = qr.find_servers(b'h', qr.Route(None, None, None), zone,
-                                     self.own)
+        servers = qr.find_servers(b'h', qr.Route(None, None, None), zone,
+                                  self.own)
         self.assertEqual(b'a.example', servers[0].name)
-        servers, _ = qr.find_servers(b'[::1]', qr.Route(None, None, None),
-                                     zone, lambda address: False)
+        servers = qr.find_servers(b'[::1]', qr.Route(None, None, None),
+                                  zone, lambda address: False)
         self.assertEqual(b'::1', servers[0].name)
 
     def test_ties(self):
@@ -3124,12 +3120,12 @@ class WhereTo(Tables):
         zone = Zone(records)
         best = [records['m%d %s' % (i, kind)][0] for i in range(1, 11)
                 for kind in ('A', 'AAAA')]
-        self.check(' '.join(best + [MORE]), self.find, b'h', zone)
+        self.check(' '.join(best), self.find, b'h', zone)
         self.assertEqual([1, 240], [len(batch) for batch in zone.asked])
 
     def test_twenty(self):
-        """No more are tried, and then a refusal is not the last word."""
-        for number, want in ((19, 19), (20, 20), (21, 21), (500, 21)):
+        """No more are tried."""
+        for number, want in ((19, 19), (20, 20), (21, 20), (500, 20)):
             self.check(want, lambda number: len(self.find(b'h', {
                 'h A': ['10.0.%d.%d' % divmod(i, 256)
                         for i in range(number)]}).split()), number)
@@ -3145,7 +3141,7 @@ class WhereTo(Tables):
             records['m%d A' % i] = [
                 '10.%d.%d.%d' % (i, j >> 8, j & 255) for j in range(800)]
         start = time.process_time()
-        self.assertEqual(21, len(self.find(b'h', records).split()))
+        self.assertEqual(20, len(self.find(b'h', records).split()))
         self.assertLess(time.process_time() - start, 0.5)
 
     def test_literal_target(self):
@@ -3199,7 +3195,7 @@ class WhereTo(Tables):
                            for name, address in addresses.items())
             return self.find(b'h', records)
         self.check('192.0.2.1', lambda: find(128, x0='192.0.2.1'))
-        self.check('192.0.2.1 more', lambda: find(129, x0='192.0.2.1'))
+        self.check('192.0.2.1', lambda: find(129, x0='192.0.2.1'))
         self.check(qr.DNS_SOFT, lambda: find(129, x128='192.0.2.1'))
         self.check(qr.NO_ADDRESS, lambda: find(128))
 
@@ -4252,7 +4248,9 @@ class Trying(Tables):
         def failure(report, note, answered=False, permanent=False):
             return qr.NextServer(report, note, answered, permanent)
         return {
-            'unreached': failure(None, b'connection timed out'),
+            'unreached': qr.NextServer(None, b'connection timed out',
+                                       reached=False),
+            'no TLSA': qr.NextServer(b'ZTLSA\n', b'no TLSA', reached=False),
             'died': failure(b'Zdied\n', b'connection closed'),
             'greeting': failure(b'Zgreeting\n', b'greeting failed', True),
             'soft': failure(b'Zsender\n', b'soft', True),
@@ -4261,7 +4259,7 @@ class Trying(Tables):
             'K': qr.Report(b'Kok\n', [b'r']),
             'D': qr.Report(b'Dgiving up\n', [b'hno\n'])}
 
-    def attempt(self, complete, *outcomes):
+    def attempt(self, *outcomes):
         """The report, and how many servers were tried."""
         known, tried = self.failures(), []
 
@@ -4273,60 +4271,63 @@ class Trying(Tables):
             return outcome
         servers = [value_of(qr.Server, address=b'%d' % number, port=25)
                    for number in range(1, len(outcomes) + 1)]
-        report = qr.try_servers(servers, complete, one)
+        report = qr.try_servers(servers, one)
         return report.text, len(tried)
 
     def test_who_is_reported(self):
         nobody = qr.NO_CONNECTION
-        for complete, outcomes, want, tried in (
+        for outcomes, want, tried in (
                 # one server: no trail
-                (True, ['K'], b'Kok\n', 1),
-                (True, ['D'], b'Dgiving up\n', 1),
-                (True, ['unreached'], nobody, 1),
-                (True, ['died'], b'Zdied\n', 1),
-                (True, ['greeting'], b'Zgreeting\n', 1),
-                (True, ['soft'], b'Zsender\n', 1),
-                (True, ['hard'], b'Dsender\n', 1),
-                (False, ['hard'], b'Zsender\n', 1),
-                (False, ['K'], b'Kok\n', 1),
-                (False, ['D'], b'Dgiving up\n', 1),
+                (['K'], b'Kok\n', 1),
+                (['D'], b'Dgiving up\n', 1),
+                (['unreached'], nobody, 1),
+                (['died'], b'Zdied\n', 1),
+                (['greeting'], b'Zgreeting\n', 1),
+                (['soft'], b'Zsender\n', 1),
+                (['hard'], b'Dsender\n', 1),
                 # the first Report ends it
-                (True, ['K', 'hard'], b'Kok\n', 1),
-                (True, ['hard', 'K', 'soft'], b'Kok\n1: hard\n', 2),
-                (True, ['unreached', 'died', 'D'],
+                (['K', 'hard'], b'Kok\n', 1),
+                (['hard', 'K', 'soft'], b'Kok\n1: hard\n', 2),
+                (['unreached', 'died', 'D'],
                  b'Dgiving up\n1: connection timed out\n'
                  b'2: connection closed\n', 3),
-                # the most preferred refusal, D only if all are for good
-                (True, ['hard', 'hard2'],
+                # the most preferred refusal; D if all that were reached
+                # refused the sender for good
+                (['hard', 'hard2'],
                  b'Dsender\n1: hard\n2: hard2\n', 2),
-                (False, ['hard', 'hard2'],
-                 b'Zsender\n1: hard\n2: hard2\n', 2),
-                (True, ['hard', 'soft'], b'Zsender\n1: hard\n2: soft\n', 2),
-                (True, ['soft', 'hard'], b'Zsender\n1: soft\n2: hard\n', 2),
-                (True, ['hard2', 'unreached'],
-                 b'Zsender2\n1: hard2\n2: connection timed out\n', 2),
-                (True, ['unreached', 'hard2'],
-                 b'Zsender2\n1: connection timed out\n2: hard2\n', 2),
-                (True, ['hard', 'died'],
+                (['hard', 'soft'], b'Zsender\n1: hard\n2: soft\n', 2),
+                (['soft', 'hard'], b'Zsender\n1: soft\n2: hard\n', 2),
+                (['hard2', 'unreached'],
+                 b'Dsender2\n1: hard2\n2: connection timed out\n', 2),
+                (['unreached', 'hard2'],
+                 b'Dsender2\n1: connection timed out\n2: hard2\n', 2),
+                (['no TLSA', 'hard'],
+                 b'Dsender\n1: no TLSA\n2: hard\n', 2),
+                (['no TLSA', 'unreached'],
+                 b'ZTLSA\n1: no TLSA\n2: connection timed out\n', 2),
+                (['hard', 'unreached', 'soft'],
+                 b'Zsender\n1: hard\n2: connection timed out\n3: soft\n',
+                 3),
+                (['hard', 'died'],
                  b'Zsender\n1: hard\n2: connection closed\n', 2),
-                (True, ['greeting', 'hard'],
+                (['greeting', 'hard'],
                  b'Zgreeting\n1: greeting failed\n2: hard\n', 2),
                 # who answered comes before who was lost
-                (True, ['died', 'greeting'],
+                (['died', 'greeting'],
                  b'Zgreeting\n1: connection closed\n2: greeting failed\n',
                  2),
-                (True, ['unreached', 'died'],
+                (['unreached', 'died'],
                  b'Zdied\n1: connection timed out\n2: connection closed\n',
                  2),
-                (True, ['unreached', 'unreached'],
+                (['unreached', 'unreached'],
                  nobody + b'1: connection timed out\n'
                  b'2: connection timed out\n', 2)):
             with self.subTest(' '.join(outcomes)):
-                self.check((want, tried), self.attempt, complete, *outcomes)
+                self.check((want, tried), self.attempt, *outcomes)
 
     def test_recipients_are_kept(self):
         server = value_of(qr.Server, address=b'1', port=25, name=b'1')
-        report = qr.try_servers([server], True,
+        report = qr.try_servers([server],
                                 lambda server: qr.Report(b'K', [b'r', b's']))
         self.assertEqual([b'r', b's'], report.recipients)
 
@@ -4380,10 +4381,32 @@ class Trying(Tables):
                             connect=connect, line=qr.Line,
                             tls_control=lambda name: qr.TlsControl(
                                 None, False, None, b'')))
-                self.assertEqual((note, heard),
-                                 (caught.exception.note, calls))
+                self.assertEqual((note, heard, title == 'connected'),
+                                 (caught.exception.note, calls,
+                                  caught.exception.reached))
         self.assertEqual(b'QUIT\r\n', right.recv(99))
         right.close()
+
+    def test_a_second_connection_that_fails(self):
+        """A server whose TLS has failed was reached, whatever follows."""
+        calls = []
+        with FakeSMTP(ASK + 'S: 454 not now\nQ:') as server:
+            def connect(address, port, seconds):
+                calls.append(address)
+                if len(calls) == 2:
+                    raise OSError(errno.ECONNREFUSED, '')
+                return qr.connect(b'127.0.0.1', server.port, seconds)
+            with self.assertRaises(qr.NextServer) as caught:
+                qr.try_server(
+                    qr.Server(b'192.0.2.1', 25, b'h', [], None),
+                    qr.Route(None, None, None),
+                    value_of(qr.Envelope, sender=b'', recipients=[b'a']),
+                    control_files(), world_of(
+                        tcpto=qr.TcpTo(b'/nonexistent', time.time, 1),
+                        connect=connect, line=qr.Line,
+                        tls_control=lambda name: qr.TlsControl(
+                            None, False, None, b'')))
+        self.assertEqual((2, True), (len(calls), caught.exception.reached))
 
     def test_before_anybody_is_called(self):
         """What is known in advance: no server is asked for it."""
@@ -5056,7 +5079,7 @@ class FuzzCase(FuzzClock):
         self.seconds = chance.choice((1, 5, 600, 1200))
         self.connecting = chance.choice((1, 5, 60))
         self.pipe, self.pieces, self.read_waits = [], [], 0
-        self.dns_soft, self.wires = False, {}
+        self.wires = {}
         self.choose_mail(messages)
         self.choose_way()
 
@@ -5153,7 +5176,6 @@ class FuzzCase(FuzzClock):
 
     def lookup(self, name, qtype):
         if self.chance.random() < .01:
-            self.dns_soft = True
             return qr.Lookup(qr.Lookup.SOFT, [], False, name)
         if qtype == qr.MX:
             return qr.Lookup(qr.Lookup.OK, [
@@ -5362,8 +5384,6 @@ class FuzzCase(FuzzClock):
             self.law(all(record[:1] == b'h' for record in self.reports),
                      'not all of them are refused')
         else:
-            self.law(self.servers and not self.dns_soft or
-                     len(self.reports), 'D, and others not tried')
             server = self.servers[-1]
             self.law(any(server.said_5xx for server in self.servers),
                      'D without 5xx')
@@ -5376,7 +5396,7 @@ class FuzzCase(FuzzClock):
                          'D for %s' % code)
 
     def judge_sender_refused(self):
-        self.law(len(self.servers) >= self.count, 'D, and others not tried')
+        """By each that was reached."""
         foreign = any(c > 127 for c in self.sender[1])
         for address in {server.index for server in self.servers}:
             server = [server for server in self.servers
@@ -7157,10 +7177,15 @@ class Exchangers(Dialogues):
     def test_none_left(self):
         mail = TO_EHLO + 'S: 250 fake\n' + MAIL
 
-        def z(address, text, reply):
-            return Like('ZConnected to 127.0.0.%d but %s.\n'
-                        'Remote host said: %s\n' % (address, text, reply),
-                        '\n127.0.0.2: ', '\n127.0.0.3: ')
+        def refused(letter, *words):
+            return Like(letter + 'Connected to 127.0.0.%d but %s.\n'
+                        'Remote host said: %s\n' % words, '\n127.0.0.2: ')
+
+        def z(*words):
+            return refused('Z', *words)
+
+        def d(*words):
+            return refused('D', *words)
 
         def case(title, first, second, report):
             return row(title, {'127.0.0.2': first, '127.0.0.3': second},
@@ -7172,15 +7197,28 @@ class Exchangers(Dialogues):
                 'DConnected to 127.0.0.2 but sender was rejected.\n'
                 'Remote host said: 550 no\n', '\n127.0.0.2: ',
                 '\n127.0.0.3: ')),
+            case('one refuses MAIL, one dies', no, 'close',
+                 z(2, rejected, '550 no')),
+            case('one speaks no SMTP, one refuses MAIL', 'S: hello\nQ:', no,
+                 z(3, rejected, '550 no')),
+            case('one refuses EHLO and HELO, one MAIL', TO_EHLO
+                 + 'S: 550 no\nC: HELO me.example\nS: 550 no\nQ:', no,
+                 z(2, 'my name was rejected', '550 no')),
             case('5xx and 4xx to MAIL', no, later, z(2, rejected, '550 no')),
             case('4xx and 5xx to MAIL', later, no,
                  z(2, rejected, '450 later')),
             case('530 to MAIL is no refusal for good', no,
                  mail + 'S: 530 log in\nQ:', z(2, rejected, '550 no')),
             case('one refuses MAIL, one is not there', no, None,
-                 z(2, rejected, '550 no')),
+                 d(2, rejected, '550 no')),
             case('one is not there, one refuses MAIL', None, no,
-                 z(3, rejected, '550 no')),
+                 d(3, rejected, '550 no')),
+            row('too big for its IPv4, no way to its IPv6', {
+                '127.0.0.2': mail + 'S: 552 5.3.4 too big\nQ:'},
+                d(2, rejected, '552 5.3.4 too big'), records={
+                    (HOST, 'MX'): [(1, 'mx.example')],
+                    ('mx.example', 'A'): ['127.0.0.2'],
+                    ('mx.example', 'AAAA'): ['2001:db8::2']}),
             case('one refuses MAIL, one the greeting', no, 'S: 554 no\nQ:',
                  z(2, rejected, '550 no')),
             case('one dies, one refuses', 'close', 'S: 554 no\nQ:',
@@ -7191,7 +7229,7 @@ class Exchangers(Dialogues):
                  Like(UNREACHED, '\n127.0.0.2: ', '\n127.0.0.3: ')),
             case('both die', 'close', 'reset', Like('Z', '127.0.0.2')),
             row('one refuses MAIL, one has no address for now', {
-                '127.0.0.2': no}, Like('ZConnected to 127.0.0.2 but sender '
+                '127.0.0.2': no}, Like('DConnected to 127.0.0.2 but sender '
                                        'was rejected.\n'), records={
                     (HOST, 'MX'): [(1, 'mx.example'), (2, 'x.example')],
                     ('mx.example', 'A'): ['127.0.0.2']},
