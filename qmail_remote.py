@@ -3371,7 +3371,8 @@ class Session:
 
     def authenticate(self):
         """Raises Report if the server rejects us: no second try, and no
-        next server, for it would count as a guess at the password."""
+        next server, for it would count as a guess at the password.  Only
+        504, which does not know the method, goes on to the next method."""
         if self.credentials is None:
             return
         methods = [(b'PLAIN', self.auth_plain), (b'LOGIN', self.auth_login)]
@@ -3388,7 +3389,7 @@ class Session:
                     return
             except AuthRejected as rejected_now:
                 rejected = rejected_now
-                if rejected.reply.code not in (504, 534) or \
+                if rejected.reply.code != 504 or \
                         rejected.what != b'AUTH ' + name:
                     break
         if rejected is None:
@@ -3430,7 +3431,12 @@ class Session:
         command, want = b'AUTH PLAIN ' + secret, (235, 334)
         if len(command) > AUTH_COMMAND_MAX:
             command, want = b'AUTH PLAIN', (334,)
-        reply = self.auth_step(want, b'AUTH PLAIN', command)
+        try:
+            reply = self.auth_step(want, b'AUTH PLAIN', command)
+        except AuthRejected as rejected:
+            if rejected.reply.code == 535 and 235 in want:
+                rejected.what = b'plain'    # it is about the response
+            raise
         if reply.code == 334:
             self.auth_step((235,), b'plain', secret)
         return True

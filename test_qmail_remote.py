@@ -6644,8 +6644,6 @@ class Authentication(Dialogues):
              + 'S: 334\nC: %s\n' % self.plain64 + then),
             ('504: the next method', 'AUTH PLAIN LOGIN', self.plain
              + 'S: 504 not now\n' + login_first),
-            ('534: the next method', 'AUTH PLAIN CRAM-MD5', self.cram
-             + 'S: 534 too weak\n' + self.plain + then),
             ('twice the next method', 'AUTH PLAIN LOGIN CRAM-MD5', self.cram
              + 'S: 504 no\n' + self.plain + 'S: 504 no\n' + login_first)])
 
@@ -6662,7 +6660,9 @@ class Authentication(Dialogues):
         codes = ['535 bad', '454 later', '432 change it', '500 what?',
                  '538 encrypt', '421 closing', '530 no']
         rows = [self.row('%s to %s' % (reply, what), offer, steps
-                         + 'S: %s\nQ:' % reply, self.rejected(what, reply))
+                         + 'S: %s\nQ:' % reply, self.rejected(
+                             'plain' if steps == self.plain and
+                             reply == codes[0] else what, reply))
                 for i, (what, offer, steps) in enumerate(cases)
                 for reply in (codes[0], codes[i])]
         rows += [
@@ -6717,7 +6717,7 @@ class Authentication(Dialogues):
         rows += [self.row('echo after %d bytes' % length, 'AUTH PLAIN',
                           self.plain + 'S: 535 %s %s\nQ:' % (
                               'x' * length, self.plain64),
-                          Like('Z', 'AUTH PLAIN', '535 xxx'))
+                          Like('Z', '(plain)', '535 xxx'))
                  for length in (4980, 4990, 16360, 16370)]
         rows.append(self.row(
             'echo in a later refusal', 'AUTH PLAIN', self.plain
@@ -6767,7 +6767,13 @@ class Authentication(Dialogues):
                  'C: AUTH PLAIN\nS: 334 \nC: %s\n') % response +
                 'S: 235 welcome\n' + FROM_MAIL, 'r', ACCEPTED,
                 control={'smtproutes': b':127.0.0.1:PORT|joe-user|' +
-                         password})])
+                         password}), self.row(
+                    '%d bytes, rejected' % size, 'AUTH PLAIN',
+                    ('C: AUTH PLAIN *\n' if at_once else 'C: AUTH PLAIN\n')
+                    + 'S: 535 no\nQ:', self.rejected(
+                        'plain' if at_once else 'AUTH PLAIN', '535 no'),
+                    control={'smtproutes': b':127.0.0.1:PORT|joe-user|' +
+                             password})])
 
     def test_where_credentials_come_from(self):
         secret = b'|' + self.USER + b'|' + self.PASSWORD
@@ -8330,8 +8336,14 @@ class AuthFaults(Dialogues):
         both = 'PLAIN LOGIN\nC: AUTH PLAIN *\n'
         self.play(row(title, self.START + steps, rejected(step),
                       **self.options()) for title, steps, step in [
-            ('535 to PLAIN', both + 'S: 535 no\nQ:', 'AUTH PLAIN'),
+            ('535 to PLAIN', both + 'S: 535 no\nQ:', 'plain'),
             ('500 to PLAIN', both + 'S: 500 what?\nQ:', 'AUTH PLAIN'),
+            ('534 to PLAIN', both + 'S: 534 5.7.9 not with this one\nQ:',
+             'AUTH PLAIN'),
+            ('534 to LOGIN', 'LOGIN CRAM-MD5\nC: AUTH CRAM-MD5\nS: 504 no\n'
+             'C: AUTH LOGIN\nS: 534 no\nQ:', 'AUTH LOGIN'),
+            ('534 to CRAM-MD5', 'PLAIN CRAM-MD5\nC: AUTH CRAM-MD5\n'
+             'S: 534 too weak\nQ:', 'AUTH CRAM-MD5'),
             ('504 to the secret', both + 'S: 334 \nC: *\nS: 504 no\nQ:',
              'plain'),
             ('534 to the user', 'LOGIN CRAM-MD5\nC: AUTH CRAM-MD5\n'
@@ -11975,7 +11987,7 @@ class Tls(Dialogues):
         hello = START + 'TLS: self\n' + EHLO_AGAIN
         unchecked = accepted('certificate not checked')
         refused = ('ZConnected to 127.0.0.1 but authentication was rejected '
-                   '(AUTH PLAIN).\nRemote host said: 535 ')
+                   '(plain).\nRemote host said: 535 ')
         self.play([
             self.login('PLAIN comes first', hello + self.OFFERS
                        + self.LOGS_IN, 'r', unchecked),
@@ -12903,7 +12915,7 @@ EXIM_ANSWERS = [
 ]
 
 # The step of each mechanism at which a wrong password is refused.
-REFUSED_AT = {'PLAIN': b'AUTH PLAIN', 'LOGIN': b'password',
+REFUSED_AT = {'PLAIN': b'plain', 'LOGIN': b'password',
               'CRAM-MD5': b'username+digest'}
 
 # A body that tries to end itself and to send another message, in every way
