@@ -86,9 +86,10 @@ DESCRIPTION
     goes to the same address in the clear.  On port 465 it is used from the
     first byte, and nothing is sent without.  It is required, and the
     certificate checked, where control/tlshosts says so, where authentic TLSA
-    records do (DANE, RFC 7672, by a name server on this host or with "options
-    trust-ad" in resolv.conf(5)), and on ports 465 and 587 before a password.
-    After a failure of TLS no password is sent in the clear.
+    records do (DANE, RFC 7672, by the name servers 127.0.0.1, ::1 or
+    127.0.0.53, or any with "options trust-ad" in resolv.conf(5)), and on
+    ports 465 and 587 before a password.  After a failure of TLS no
+    password is sent in the clear.
 
     With PIPELINING the whole envelope leaves at once, with CHUNKING a small
     message too; SIZE, 8BITMIME and SMTPUTF8 are used where they are offered.
@@ -472,6 +473,7 @@ DNS_PORT = 53
 DNS_TIMEOUT, DNS_ATTEMPTS = 5, 2            # resolv.conf(5)
 DNS_TIMEOUT_MAX, DNS_ATTEMPTS_MAX = 30, 5   # resolv.conf(5)
 DNS_SERVERS_MAX = 3                         # MAXNS, resolv.h
+DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'   # their AD is believed
 DNS_UDP_SIZE = 1232                         # EDNS0 without fragmentation
 DNS_LINKS_MAX = 10                          # CNAMEs from one name
 DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
@@ -1298,8 +1300,10 @@ def follow(records, name, qtype):
 # any number of them together.
 
 class NameServer(Value):
-    """family and sockaddr as sockets want them; trusted: nobody is between
-    it and us who could set AD in its answers."""
+    """family and sockaddr as sockets want them; trusted: it is on this
+    host, where resolvers that validate are, or resolv.conf(5) says so.  What
+    merely forwards, such as Docker's 127.0.0.11, would pass on an AD that
+    anybody on the way to it could set."""
     __slots__ = ('family', 'sockaddr', 'trusted')
 
 
@@ -1344,9 +1348,8 @@ def name_server(text, port=DNS_PORT):
         return None
     if b':' in address:
         return NameServer(socket.AF_INET6, (address, port, 0, scope),
-                          address == b'::1')
-    return NameServer(socket.AF_INET, (address, port),
-                      address.startswith(b'127.'))
+                          address in DNS_TRUSTED)
+    return NameServer(socket.AF_INET, (address, port), address in DNS_TRUSTED)
 
 
 def parse_resolv_conf(data, override=b''):

@@ -2343,6 +2343,7 @@ class NameServers(Tables):
         """AD in an answer counts from this host alone, or with trust-ad;
         one server that is not trusted is enough for none to be."""
         here, away = b'nameserver 127.0.0.53\n', b'nameserver 192.0.2.1\n'
+        docker = b'nameserver 127.0.0.11\n'
         option = b'options trust-ad\n'
         for data, override, want in (
                 (here, b'', [True]), (away, b'', [False]),
@@ -2355,7 +2356,15 @@ class NameServers(Tables):
                 (option + away, b'192.0.2.2', [False]),
                 (away, b'127.0.0.1 [::1]:53', [True, True]),
                 (here, b'127.0.0.1 192.0.2.2', [False, False]),
-                (here * 3 + away, b'', [True] * 3), (b'', b'', [True])):
+                (here * 3 + away, b'', [True] * 3), (b'', b'', [True]),
+                # Docker's resolver, and whatever else merely forwards
+                (docker, b'', [False]), (docker + option, b'', [True]),
+                (here + docker, b'', [False, False]),
+                (b'nameserver 127.0.0.54\n', b'', [False]),
+                (b'nameserver 127.1.1.1\n', b'', [False]),
+                (b'', b'127.0.0.11', [False]),
+                (b'nameserver ::ffff:127.0.0.11\n', b'', [False]),
+                (b'nameserver ::ffff:127.0.0.1\n', b'', [True])):
             self.check(want, lambda: [
                 server.trusted for server in qr.parse_resolv_conf(
                     data, override).servers])
@@ -12522,8 +12531,8 @@ class Dane(Dialogues):
                 (b'nameserver 192.0.2.1\noptions edns0 trust-ad', b'',
                  [True]),
                 (b'options trust-ad', b'192.0.2.1', [False]),
-                (b'', b'127.0.0.9:5353 [2001:db8::1]:53', [False, False]),
-                (b'', b'127.0.0.9:5353 [::1]:53', [True, True]),
+                (b'', b'127.0.0.1:5353 [2001:db8::1]:53', [False, False]),
+                (b'', b'127.0.0.53:5353 [::1]:53', [True, True]),
                 (b'', b'', [True])]:
             with self.subTest(repr((text, override))):
                 config = qr.parse_resolv_conf(text, override)
