@@ -1222,15 +1222,16 @@ def read_record(packet, at):
 def read_value(packet, rtype, start, end):
     """The value of an A or AAAA record (an address), MX (preference, name),
     CNAME (name) or TLSA (usage, selector, matching type, data: RFC 6698);
-    others as None.  Raises Malformed."""
+    others as None.  A TLSA record that is too short stays, with numbers that
+    dane_usable() refuses: it spoils no other one, and its zone has TLSA
+    records.  Raises Malformed."""
     if rtype in (A, AAAA):
         if end - start != (4 if rtype == A else 16):
             raise Malformed('address length')
         return address_text(packet[start:end])
     if rtype == TLSA:
-        if end - start < 4:
-            raise Malformed('TLSA length')
-        return tuple(packet[start:start + 3]) + (packet[start + 3:end],)
+        data = packet[start:end].ljust(3, b'\xff')
+        return tuple(data[:3]) + (data[3:],)
     if rtype == MX:
         if end - start < 3:
             raise Malformed('MX length')
@@ -1248,12 +1249,19 @@ def read_value(packet, rtype, start, end):
 
 def parse_answer(packet, ident, name, qtype):
     """The Answer to this very question, None for anything else that came
-    in.  Raises Malformed if it answers, but not by the rules."""
+    in.  A FORMERR or NOTIMP may be a header alone, known by its id: servers
+    that know no EDNS send it.  Raises Malformed if it answers, but not by the
+    rules."""
     if len(packet) < 12:
         return None
     got, flags, questions, answers, authority, additional = \
         struct.unpack_from('>6H', packet)
-    if got != ident or not flags & QR or flags & OPCODE or questions != 1:
+    if got != ident or not flags & QR or flags & OPCODE:
+        return None
+    if flags & 15 in (FORMERR, NOTIMP) and (
+            not questions or len(packet) == 12):
+        return Answer(flags & 15, False, False, [], False, False)
+    if questions != 1:
         return None
     try:
         asked, at = read_name(packet, 12)
@@ -1276,6 +1284,15 @@ def parse_answer(packet, ident, name, qtype):
             rcode |= ttl >> 24 << 4
     return Answer(rcode, False, not flags & (AA | RA), records, final,
                   bool(flags & AD))
+
+
+def settles(answer, name, qtype):
+    """Whether an Answer says what the question asked.  A lame one does with
+    the values themselves, never with their absence."""
+    if answer.lame:
+        return answer.rcode == NOERROR and \
+            bool(follow(answer.records, name, qtype)[0])
+    return answer.rcode in (NOERROR, NXDOMAIN)
 
 
 def follow(records, name, qtype):
@@ -1493,18 +1510,18 @@ class Resolver:
                     answer = yield from self._server(
                         config.servers[index], name, qtype, attempt == 0,
                         min(end, self.clock() + config.timeout))
+                    if not settles(answer, name, qtype):
+                        continue
                 except (Malformed, TimedOut):
                     continue
                 except OSError as error:
                     if error.errno in LOCAL_ERRORS:
                         raise
                     continue
-                if answer.rcode == NXDOMAIN or answer.rcode == NOERROR and \
-                        not (answer.lame and not answer.records):
-                    self.first = index
-                    if not config.servers[index].trusted:
-                        answer.authentic = False
-                    return answer
+                self.first = index
+                if not config.servers[index].trusted:
+                    answer.authentic = False
+                return answer
         return None
 
     def _server(self, server, name, qtype, edns, deadline):
@@ -2156,19 +2173,39 @@ def public_key(certificate):
 
 
 def dane_usable(record):
-    """Whether a TLSA record can decide (RFC 7672 3.1): usages 2 and 3.  A
-    digest for usage 2 needs the certificates that the server shows, which
-    not every Python lets us see."""
+    """Whether a TLSA record can decide (RFC 7672 3.1): usages 2 and 3, with
+    data that can be what they say.  What is no certificate itself needs, for
+    usage 2, those that the server shows, which not every Python lets us
+    see."""
     usage, selector, matching, data = record
-    if record[:3] == (2, 0, 0):
-        try:
-            return bool(public_key(data))
-        except ValueError:
-            return False
-    if usage not in (2, 3) or selector > 1 or matching > 2 or \
-            len(data) != {0: len(data), 1: 32, 2: 64}[matching]:
+    if usage not in (2, 3) or selector > 1 or matching > 2:
         return False
-    return usage == 3 or can_show_chain()
+    if matching:
+        fits = len(data) == (32 if matching == 1 else 64)
+    else:
+        fits = is_key(data) if selector else is_certificate(data)
+    return fits and (usage == 3 or record[:3] == (2, 0, 0) or
+                     can_show_chain())
+
+
+def is_key(data):
+    """Whether data is the outside of a key in DER: one SEQUENCE."""
+    try:
+        tag, _, end = der_item(data, 0)
+        return tag == 0x30 and end == len(data)
+    except ValueError:
+        return False
+
+
+def is_certificate(data):
+    """Whether OpenSSL takes data for a certificate in DER."""
+    try:
+        import ssl
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
+            cadata=data)
+        return True
+    except (ImportError, OSError, ValueError):  # SSLError is an OSError
+        return False
 
 
 def dane_match(record, certificate):

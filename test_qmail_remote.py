@@ -1983,6 +1983,13 @@ class DnsWire(Tables):
                 ('a header without questions', struct.pack(
                     '!6H', 0x1234, 0x8180, 0, 0, 0, 0)),
                 ('half a question', dns_packet()[:-1]),
+                ('a header alone, SERVFAIL', dns_packet(flags=0x8182)[:12]),
+                ('a header alone, FORMERR, wrong id',
+                 dns_packet(flags=0x8181, id=0x1235)[:12]),
+                ('a header alone, FORMERR, QR clear',
+                 dns_packet(flags=0x0181)[:12]),
+                ('FORMERR to another question', dns_packet(
+                    flags=0x8181, question=QUESTION_MX)),
                 ('wrong id', dns_packet(A_RECORD, id=0x1235)),
                 ('QR clear', dns_packet(A_RECORD, flags=0x0180)),
                 ('opcode 1', dns_packet(A_RECORD, flags=0x8980)),
@@ -2003,6 +2010,35 @@ class DnsWire(Tables):
                     A_RECORD, question=b'\xc0\x0c\0\1\0\1'))):
             with self.subTest(title):
                 self.check(None, self.values, packet)
+
+    def test_header_alone(self):
+        """Servers from before EDNS answer so to what they do not know."""
+        for flags in 0x8181, 0x8184, 0x8101, 0x8581:
+            whole = dns_packet(flags=flags)
+            for packet in (whole[:12], dns_packet(
+                    flags=flags, questions=0, question=b'')):
+                answer = self.answer(packet)
+                self.assertEqual((flags & 15, False, []), (
+                    answer.rcode, answer.truncated, answer.records))
+
+    def test_short_tlsa_records(self):
+        """They stay, for their zone has TLSA records, but cannot be used;
+        the others are as good as without them."""
+        name = b'\x03_25\x04_tcp\x01m\x04test\0'
+
+        def record(data):
+            return b'\xc0\x0c\0\x34\0\1' + TTL + struct.pack(
+                '!H', len(data)) + data
+        good = b'\3\1\1' + bytes(32)
+        for short in b'', b'\3', b'\3\1', b'\3\1\1', b'\3\1\0', b'\2\0\0':
+            with self.subTest(repr(short)):
+                answer = qr.parse_answer(dns_packet(
+                    record(short), record(good),
+                    question=name + b'\0\x34\0\1'), 0x1234, name, qr.TLSA)
+                values = qr.follow(answer.records, name, qr.TLSA)[0]
+                self.assertEqual([False, True], [
+                    qr.dane_usable(value) for value in values])
+                self.assertEqual((3, 1, 1, bytes(32)), values[1])
 
     def test_malformed(self):
         """It answers, but breaks RFC 1035: the next server."""
@@ -2865,16 +2901,64 @@ class Resolving(Tables):
                 self.expect_good(server, timeout=0.5, attempts=2 - bool(rcode))
                 self.assertEqual([True, False], edns)
 
+    def test_header_alone(self):
+        """FORMERR or NOTIMP without the question: it is asked again
+        without EDNS, at once and in the first round."""
+        for flags, options, questions in itertools.product(
+                (b'\x81\x81', b'\x81\x84'), (b'', b'options use-vc'),
+                (b'\0\0', b'\0\1')):
+            def old(query, question, via):
+                edns.append(question.edns)
+                return [query[:2] + flags + questions + bytes(6)
+                        if question.edns else server.ordinary(question)]
+            edns, start = [], time.monotonic()
+            with self.overridden(old) as server:
+                self.expect_good(server, timeout=3, options=options)
+            self.assertEqual([True, False], edns)
+            self.assertLess(time.monotonic() - start, 2)
+
+    def test_header_alone_to_everything(self):
+        """Such a server gives no answer; another one may."""
+        def useless(query, question, via):
+            return [query[:2] + b'\x81\x81' + bytes(8)]
+        start = time.monotonic()
+        with self.overridden(useless) as bad, FakeDNS(self.GOOD) as good:
+            self.expect_good(bad, good, timeout=3)
+            self.expect_soft(bad, timeout=3)
+        self.assertLess(time.monotonic() - start, 2)
+
     def test_neither_authority_nor_recursion(self):
-        """Records are records; that there are none is not believed."""
+        """Records are records; that there are none, or no such name, is
+        not believed."""
         def lame(query, question, via):
             reply = bytearray(server.ordinary(question))
-            reply[2:4] = b'\x81\0'
+            reply[2:4] = bytes((0x81, reply[3] & 15))
             return [bytes(reply)]
+
+        def foreign(query, question, via):
+            return [dns_message(question, [dns_record(
+                'n.test', 'A', '192.0.2.66')], flags=0x8100)]
+
+        def link(query, question, via):
+            return [dns_message(
+                question, [dns_record('m.test', 'CNAME', 'n.test')],
+                flags=0x8100, authority=[dns_record('test', 'SOA', bytes(
+                    22))])]
+
+        def empty(query, question, via):
+            return [dns_message(question, flags=0x8100)]
+
+        def nowhere(query, question, via):
+            return [dns_message(question, flags=0x8103)]
         with self.overridden(lame) as server:
             self.expect_good(server)
             self.check(('soft', []), self.ask, self.resolver(server),
                        self.NAME, 28)
+        for what in foreign, link, empty, nowhere:
+            with self.subTest(what.__name__), FakeDNS(self.GOOD) as good, \
+                    self.overridden(what) as server:
+                self.expect_soft(server)
+                self.expect_good(server, good)
 
 
 # Where to
@@ -5567,6 +5651,7 @@ def slow_records(packet):
             labels_of, end = slow_name(packet, start)
             data = slow_wire(labels_of)
         elif kind == 52:
+            data += bytes((255,)) * (3 - len(data))
             data = data[0], data[1], data[2], data[3:]
         if kind in (5, 15) and end != at:
             raise ValueError('rdata length')
@@ -11102,7 +11187,12 @@ class TlsTables(Tables):
                        (3, 1, 1, bytes(31)), (3, 1, 1, bytes(64)),
                        (3, 1, 2, bytes(32)), (3, 1, 1, b''),
                        (2, 0, 0, b'junk'), (2, 0, 0, b''),
-                       (2, 0, 0, der('ca')[:40])]:
+                       (2, 0, 0, der('ca')[:40]), (2, 0, 0, Dane.junk()),
+                       (2, 0, 0, der('ca') + b'?'),
+                       (3, 0, 0, b'junk'), (3, 0, 0, b''),
+                       (3, 0, 0, spki('relay')), (3, 1, 0, b'junk'),
+                       (3, 1, 0, b''), (3, 1, 0, spki('relay')[:-1]),
+                       (3, 1, 0, spki('relay') + b'?'), (2, 1, 0, b'junk')]:
             self.check(False, qr.dane_usable, record)
 
     def test_dane_match(self):
@@ -12329,7 +12419,13 @@ class Dane(Dialogues):
             self.case('an unusable one does not help',
                       self.looked_at('relay'), [
                           tlsa(3, 1, 1, 'self'), tlsa(1, 1, 1, 'relay')],
-                      self.NO_MATCH)]
+                      self.NO_MATCH),
+            self.case('one that is too short does no harm',
+                      over_tls('self'), [
+                          b'\3\1', tlsa(3, 1, 1, 'self'), b''],
+                      'r', self.GOOD),
+            self.case('nor does it help', self.looked_at('relay'), [
+                b'\3\1', tlsa(3, 1, 1, 'self')], self.NO_MATCH)]
         self.play(rows)
 
     def alias(self, title, script, at_target, at_alias, *reports, **options):
@@ -12426,7 +12522,7 @@ class Dane(Dialogues):
     UNUSABLE = [(0, 0, 1, bytes(32)), (1, 1, 1, bytes(32)),
                 (3, 2, 1, bytes(32)), (3, 1, 3, bytes(32)),
                 (3, 1, 1, bytes(31)), (2, 0, 0, b'junk'),
-                (4, 1, 1, bytes(32))]
+                (4, 1, 1, bytes(32)), (3, 0, 0, b'junk'), (3, 1, 0, b'junk')]
 
     def test_unusable_records(self):
         """TLS is required, and nothing is checked."""
@@ -12434,6 +12530,10 @@ class Dane(Dialogues):
         rows = [self.case('%d %d %d' % each[:3], over_tls('self'), [each],
                           'r', self.UNCHECKED) for each in self.UNUSABLE]
         rows += [
+            self.case('too short', over_tls('self'), [b'\3\1'], 'r',
+                      self.UNCHECKED),
+            self.case('2 0 0, hardly a certificate', over_tls('self'),
+                      [(2, 0, 0, self.junk())], 'r', self.UNCHECKED),
             self.case('all of them', over_tls('self'), self.UNUSABLE, 'r',
                       self.UNCHECKED),
             self.case('STARTTLS is not offered', TO_EHLO + 'S: 250 fake\nQ:',
@@ -12477,7 +12577,7 @@ class Dane(Dialogues):
         self.play([
             fails('SERVFAIL', {'rcode': 2}), fails('REFUSED', {'rcode': 5}),
             fails('nonsense', lambda query, question, via: [dns_message(
-                question, [dns_record(TLSA1, 'TLSA', b'\3\1')])]),
+                question, [dns_record(TLSA1, 'TLSA', b'\3\1')])[:-1]]),
             self.case('and no other one', [], [], Like(
                 "ZSorry, I couldn't look up the TLSA records of "
                 'mx1.there.example. (#4.4.3)\n'), overrides={
