@@ -91,8 +91,8 @@ DESCRIPTION
     ports 465 and 587 before a password.  After a failure of TLS no
     password is sent in the clear.
 
-    With PIPELINING the whole envelope leaves at once, with CHUNKING a small
-    message too; SIZE, 8BITMIME and SMTPUTF8 are used where they are offered.
+    With PIPELINING the whole envelope leaves at once; SIZE, 8BITMIME and
+    SMTPUTF8 are used where they are offered.
 
     If descriptor 2 is a terminal, qmail-remote shows there what it does:
     --- the route, what DNS answers, the server, TLS, how far a long message
@@ -362,7 +362,7 @@ DIFFERENCES
     From qmail-remote of qmail 1.03:
 
     It says EHLO, and HELO only after a 5xx to that; it knows TLS, passwords,
-    PIPELINING, CHUNKING, SIZE, 8BITMIME, SMTPUTF8 and IPv6 (after IPv4).
+    PIPELINING, SIZE, 8BITMIME, SMTPUTF8 and IPv6 (after IPv4).
 
     It goes on to the next server after whatever goes wrong before MAIL is
     accepted, and reports each server that failed.
@@ -457,7 +457,7 @@ IDLE_MAX = 256                  # blocks taken in ahead of their time
 MESSAGE_BLOCK = 262144          # bytes of the message read at once
 COUNTED_MAX = 4 << 20          # bytes whose lines are counted for SIZE
 SEND_PIECE = 65536              # bytes with a deadline of their own
-CHUNK_MAX = 32768               # a message up to this size may ride in BDAT
+PEEK_MAX = 32768                # bytes of a pipe read ahead, for SIZE
 BACKLOG_MAX = 16 << 20          # bytes of replies held while we still send
 SERVERS_MAX = 20                # addresses tried in one run
 EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
@@ -621,12 +621,11 @@ class TimedOut(Exception):
 
 
 class Lost(Exception):
-    """The line is dead, or the peer is out of step; unsent is the number of
-    bytes of the last send that never left (of TLS's, over TLS)."""
+    """The line is dead, or the peer is out of step."""
 
-    def __init__(self, note, unsent=0):
+    def __init__(self, note):
         Exception.__init__(self, note)
-        self.note, self.unsent = note, unsent
+        self.note = note
 
 
 def temporary(text):
@@ -2428,7 +2427,6 @@ class Line:
     def __init__(self, sock, wait=wait, clock=time.monotonic):
         self.sock, self.wait, self.clock = sock, wait, clock
         self.input = bytearray()    # came in, not yet read as a reply
-        self.unsent = 0             # bytes, when send() stopped on input
         self.ended = False          # the peer has closed its side
         self.tls = None             # a TlsLayer, once it is up
         self.backlog = b''          # what TLS has to say besides
@@ -2480,10 +2478,7 @@ class Line:
         that a peer that answers at once cannot be stuck in its own send."""
         deadline = self.clock() + seconds
         if self.tls:
-            try:
-                data = self._encrypt(data, deadline)
-            except Lost as lost:
-                raise Lost(lost.note, len(data))
+            data = self._encrypt(data, deadline)
         return self._push(data, deadline, stop_on_input, take_input)
 
     def _encrypt(self, data, deadline):
@@ -2518,17 +2513,13 @@ class Line:
             except BlockingIOError:
                 pass
             except OSError as error:
-                raise Lost(reason(error), len(rest))
-            try:
-                if stop_on_input and self.heard():
-                    self.unsent = len(rest)
-                    return False
-                room = (stop_on_input or take_input) and self._room()
-                if room and self._fill() and self.clock() < deadline:
-                    continue
-                self._wait(room, True, deadline)
-            except Lost as lost:
-                raise Lost(lost.note, len(rest))
+                raise Lost(reason(error))
+            if stop_on_input and self.heard():
+                return False
+            room = (stop_on_input or take_input) and self._room()
+            if room and self._fill() and self.clock() < deadline:
+                continue
+            self._wait(room, True, deadline)
         return True
 
     def _room(self):
@@ -2638,11 +2629,11 @@ def reason(error):
 # --------------------------------------------------------- 10. The message
 # From LF to what goes over the wire (pure), and the only reader of fd 0.
 
-def wire_form(blocks, stuffed=True):
+def wire_form(blocks):
     """The message in blocks of wire form, without the final dot.  CR LF and
     CR alone are line ends like LF; every line made is looked at for its
     dot, so that nothing in a message can look like its end (RFC 5321
-    4.5.2).  BDAT wants its lines not stuffed (RFC 3030)."""
+    4.5.2)."""
     line_start, held = True, b''
     for block in blocks:
         block = held + block
@@ -2653,8 +2644,8 @@ def wire_form(blocks, stuffed=True):
             continue
         if b'\r' in block:
             block = block.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-        dot = stuffed and line_start and block.startswith(b'.')
-        if stuffed and b'\n.' in block:
+        dot = line_start and block.startswith(b'.')
+        if b'\n.' in block:
             block = block.replace(b'\n.', b'\n..')
         line_start = block.endswith(b'\n')
         yield (b'.' if dot else b'') + block.replace(b'\n', b'\r\n')
@@ -2696,10 +2687,10 @@ class Message:
             raise Report(NO_MESSAGE)
 
     def small(self):
-        """The whole message if it has at most CHUNK_MAX bytes, else None."""
-        if self.size is not None and self.size > CHUNK_MAX:
+        """The whole message if it has at most PEEK_MAX bytes, else None."""
+        if self.size is not None and self.size > PEEK_MAX:
             return None
-        while not self.whole and len(self.head) <= CHUNK_MAX:
+        while not self.whole and len(self.head) <= PEEK_MAX:
             block = self._read()
             self.head += block
             self.whole = not block
@@ -2981,8 +2972,7 @@ class Envelope(Value):
 
 
 QUIT = b'QUIT\r\n'
-# These speak of the command BDAT, not of the message (RFC 5321 4.2.2).
-TEMPORARY_CHUNK = 500, 501, 502, 503, 504
+END_OF_DATA = b'.\r\n'
 
 
 class Session:
@@ -3057,7 +3047,7 @@ class Session:
             text += said(reply, *self.hidden)
             note += b': ' + first_words(reply, *self.hidden)
         text += self.unauthenticated
-        if not self.accepted and not self.data_ended:
+        if not self.accepted:
             raise NextServer(text, note, reply is not None,
                              text.startswith(b'D'), self.tail)
         return Report(text, self.reports, self.tail)
@@ -3093,36 +3083,33 @@ class Session:
             hidden = self.hidden if mark == Screen.HEARD else self.hidden[:1]
             self.screen.say(mark, mask(text.replace(b'\r', b''), *hidden))
 
-    def launch(self, commands, chunk=b''):
-        """Sends commands, and the chunk that follows the last one, in one
-        flight.  Nothing may be waiting unread: it would be taken for the
-        answer.  If the line dies, what the server has said counts yet."""
+    def launch(self, commands):
+        """Sends commands in one flight.  Nothing may be waiting unread: it
+        would be taken for the answer.  If the line dies, what the server has
+        said counts yet."""
         for command in commands:
             if b'\r' in command or b'\n' in command or b'\0' in command:
                 raise Report(NO_RESOURCES)      # never: see Addresses
         if self.line.heard():
             raise Lost(b'spoke out of turn' if self.line.input
                        else b'connection closed')
-        flight = memoryview(b'\r\n'.join(commands) + b'\r\n' + chunk)
+        flight = memoryview(b'\r\n'.join(commands) + b'\r\n')
         self.tell(Screen.SENT, b'\n'.join(commands))
-        if chunk:
-            self.tell(Screen.REMARK, b'message: %d bytes' % len(chunk))
         try:
             for at in range(0, len(flight), SEND_PIECE):
                 self.line.send(flight[at:at + SEND_PIECE], self.timeout,
                                take_input=True)
-            self.data_ended = self.data_ended or bool(chunk)
         except Lost:
             self.said_quit = True       # it would end half a command
             if not self.line.hold():
                 raise
 
-    def exchange(self, commands, chunk=b''):
+    def exchange(self, commands):
         """Yields the Reply to each of the commands: all of them leave in
         one flight if the server takes that (PIPELINING, RFC 2920), else
         each when its turn has come."""
         if b'PIPELINING' in self.offered:
-            self.launch(commands, chunk)
+            self.launch(commands)
         for command in commands:
             yield self.reply() \
                 if b'PIPELINING' in self.offered else self.command(command)
@@ -3223,15 +3210,13 @@ class Session:
         self.screen.say(Screen.REMARK, b'TLS: ' + self.tail)
 
     def transaction(self):
-        """MAIL, RCPT, DATA or BDAT, and the message.  Returns the Report, or
-        raises it, or NextServer."""
+        """MAIL, RCPT, DATA, and the message.  Returns the Report, or raises
+        it, or NextServer."""
         mail = self.mail_command()
-        chunk = self.chunk()
         recipients = [b'RCPT TO:<' + address + b'>' for address
                       in self.envelope.recipients if self.sendable(address)]
-        data = [b'DATA' if chunk is None else b'BDAT %d LAST' % len(chunk)]
-        replies = self.exchange([mail] + recipients + data
-                                if recipients else [mail], chunk or b'')
+        replies = self.exchange([mail] + recipients + [b'DATA']
+                                if recipients else [mail])
         if b'PIPELINING' in self.offered:
             self.envelope.told = True
         self.mail_reply(next(replies))
@@ -3241,11 +3226,6 @@ class Session:
         if b'r' not in self.reports:
             raise self.nobody(replies)
         reply = next(replies)
-        if chunk is not None:
-            # A reply too many before would now pass for the verdict.
-            if reply.kind() == 2 and not self.data_ended or self.line.hold():
-                raise Lost(b'out of step')
-            return self.verdict(reply, TEMPORARY_CHUNK)
         if reply.code != 354:
             raise self.refused(DATA_FAILED, reply, b'')
         return self.transfer()
@@ -3271,18 +3251,6 @@ class Session:
                                  b'no SMTPUTF8')
         return b'MAIL FROM:<' + sender + b'>' + parameters
 
-    def chunk(self):
-        """The message for BDAT (RFC 3030), if it is small enough to ride
-        with the envelope, else None.  Only if somebody is to get it."""
-        if b'CHUNKING' not in self.offered or \
-                b'PIPELINING' not in self.offered or \
-                not any(map(self.sendable, self.envelope.recipients)):
-            return None
-        message = self.message.small()
-        if not message:         # empty: DATA and a dot is better known
-            return None
-        return b''.join(wire_form([message], False))
-
     def sendable(self, address):
         """Whether there will be a RCPT for this recipient."""
         return address is not None and (not non_ascii(address) or
@@ -3290,7 +3258,6 @@ class Session:
 
     def mail_reply(self, reply):
         if self.expect(reply).kind() != 2:
-            self.data_ended = False
             raise self.refused(SENDER_REJECTED, reply, b'sender was rejected')
         self.accepted = True
 
@@ -3309,17 +3276,16 @@ class Session:
         text += said(reply, *self.hidden)
         if reply.code == 421:
             self.reports.append(text)
-            raise self.ended((DIED_LATE if self.data_ended else DIED) %
-                             self.address, reply, b'')
+            raise self.ended(DIED % self.address, reply, b'')
         return text
 
     def nobody(self, replies):
         """The Report if no recipient is left.  A server that opens the data
         phase all the same gets a lone dot, and no message."""
-        self.data_ended, before = False, b''
+        before = b''
         try:
             if b'PIPELINING' in self.offered and next(replies).code == 354:
-                before = b'.\r\n'
+                before = END_OF_DATA
         except (Lost, StopIteration):
             pass
         self.quit(before)
@@ -3330,72 +3296,48 @@ class Session:
 
     def transfer(self):
         """The message, the final dot, the verdict."""
-        last, end = b'', b'.\r\n'
-        if b'PIPELINING' in self.offered and not self.line.tls:
-            # QUIT rides with the dot; not over TLS, where nobody could tell
-            # which of the two is out when the line fails between them.
-            end, self.said_quit = end + QUIT, True
+        last = b''
         self.screen.transfer()
         try:
             for block in wire_form(self.message.blocks()):
                 self.send_part(last)
                 last = block
-            self.send_part(last + end, end)
-            self.data_ended = True
-            self.tell(Screen.REMARK, b'message: %d bytes' %
-                      (self.sent - len(end)))
-            self.tell(Screen.SENT, end)
+            self.send_part(last + END_OF_DATA, True)
         except Lost as lost:
             reply = self.line.last_words()
-            if reply is not None:
-                self.tell(Screen.HEARD, reply.text)
-            if reply is not None and self.data_ended:
-                return self.verdict(reply)
             if reply is None or reply.kind() < 4:
                 raise lost
+            self.tell(Screen.HEARD, reply.text)
             return self.early(reply)
         except EarlyReply as early:
             return self.early(early.reply)
+        self.tell(Screen.REMARK, b'message: %d bytes' %
+                  (self.sent - len(END_OF_DATA)))
+        self.tell(Screen.SENT, END_OF_DATA)
         return self.verdict(self.reply())
 
-    def verdict(self, reply, temporary_codes=()):
-        """What the server says to the end of the data.  221 answers QUIT,
-        if anything."""
-        if self.expect(reply).code == 221:
-            raise Lost(b'out of step')
+    def verdict(self, reply):
+        """What the server says to the end of the data."""
+        self.expect(reply)
         self.data_ended = False
         if reply.kind() != 2:
-            text = MESSAGE_FAILED
-            if reply.code in temporary_codes:
-                text = temporary(text)
-            return self.refused(text, reply, b'')
+            return self.refused(MESSAGE_FAILED, reply, b'')
         text = (b'K' + self.unauthenticated + ACCEPTED % self.address +
                 said(reply, *self.hidden))
         self.quit()
         return Report(text, self.reports, self.tail)
 
-    def send_part(self, data, end=b''):
-        """Sends a part of the message; end is what it ends with, if that is
-        the end of the message.  Raises EarlyReply if the server does not
-        wait for that."""
-        view, to = memoryview(data), 0
-        while to < len(view):
-            at, to = to, to + SEND_PIECE
-            if to + len(end) > len(view):       # never cut through the end
-                to = len(view)
-            is_end = bool(end) and to == len(view)
-            if self.line.heard():
+    def send_part(self, data, is_last=False):
+        """Sends a part of the message; the last one ends with the end of the
+        data.  Raises EarlyReply if the server does not wait for that."""
+        view = memoryview(data)
+        for at in range(0, len(view), SEND_PIECE):
+            piece = view[at:at + SEND_PIECE]
+            if self.line.heard() or \
+                    not self.line.send(piece, self.timeout, True):
                 raise EarlyReply(self.reply())
-            try:
-                whole = self.line.send(view[at:to], self.timeout, True)
-            except Lost as lost:
-                self.data_ended = is_end and lost.unsent <= len(end) - 3
-                raise
-            # Stopped by a reply.  If only (some of) QUIT is left, the dot is
-            # out, and that is the reply to it.
-            if not whole and (not is_end or self.line.unsent > len(end) - 3):
-                raise EarlyReply(self.reply())
-            self.sent += to - at
+            self.data_ended = is_last and at + len(piece) == len(view)
+            self.sent += len(piece)
             self.screen.progress(self.sent, (self.message.noted or
                                              (self.message.size,))[0])
 
