@@ -1698,7 +1698,8 @@ def lookup_sender(sender, routes):
 def lookup_suffix(key, marks, table):
     if key in table:
         return table[key]
-    for at in range(1, len(key)):
+    longest = max(map(len, table), default=0)   # a key may have 1 MiB
+    for at in range(max(1, len(key) - longest), len(key)):
         if key[at] in marks and key[at:] in table:
             return table[key[at:]]
     return table.get(b'')

@@ -1633,6 +1633,13 @@ class Routes(Tables):
         self.check((b'r', None, None), self.choose, b':r\n', b'a@b:s\n',
                    b'host', b'')
 
+    def test_long_keys(self):
+        """A sender of 200,000 dots takes no second for each table."""
+        start = time.process_time()
+        self.check((b'2', None, None), self.choose, b'a:1\n.:2\n',
+                   b'@x.example:3\n', b'.' * 200000, b'.' * 200000)
+        self.assertLess(time.process_time() - start, 1)
+
     def test_who_wins(self):
         """authsenders beats smtproutes; credentials never go by MX."""
         secret, mine = (b'u', b'p'), (b'me', b'mine')
