@@ -2379,35 +2379,40 @@ def connect(address, port, seconds, source=None):
     """A connected socket that does not block; source is the address to
     connect from (None: the kernel's choice).  Raises TimedOut, OSError,
     and Report if this host has no socket left, or not that source."""
-    family = family_of(address)
     deadline = time.monotonic() + seconds
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family_of(address), socket.SOCK_STREAM)
+        try:
+            start_connection(sock, address, port, deadline, source)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
     except OSError as error:
         if error.errno in LOCAL_ERRORS:
             raise Report(NO_RESOURCES)
-        raise
-    try:
-        sock.setblocking(False)
-        if source is not None:
-            bind_source(sock, source)
-        try:
-            sock.connect((address, port))
-        except BlockingIOError:
-            wait((), (sock,), deadline)
-        raise_error_of(sock)
-        # Commands are whole: Nagle's algorithm would only hold them back.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+        if error.errno == errno.ETIMEDOUT:
             raise TimedOut()
         raise
 
 
+def start_connection(sock, address, port, deadline, source):
+    """Connects a fresh socket, see connect()."""
+    sock.setblocking(False)
+    if source is not None:
+        bind_source(sock, source)
+    try:
+        sock.connect((address, port))
+    except BlockingIOError:
+        wait((), (sock,), deadline)
+    raise_error_of(sock)
+    # Commands are whole: Nagle's algorithm would only hold them back.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def bind_source(sock, source):
-    """Makes source the socket's own address.  Raises Report."""
+    """Makes source the socket's own address.  Raises Report, and OSError if
+    this host has no socket left to see whether source is its own."""
     if not is_local(source) and source not in (b'0.0.0.0', b'::'):
         raise Report(NOT_OURS % (source, b'not an address of this host'))
     if sys.platform == 'linux':     # a port only when its peer is known:

@@ -8255,6 +8255,15 @@ class OutgoingAddress(Tables):
             outcome = run_program(home, 'x.example', '', 'r@x.example')
         self.assertEqual(['::1'], server.callers)
 
+    def test_no_descriptor_to_check_it(self):
+        """This host's trouble, and no word about a server."""
+        with FakeSMTP('hang') as server:
+            port = int(server.address.rpartition(':')[2])
+            for left in 0, 1:
+                with descriptors_left(left):
+                    self.check(qr.NO_RESOURCES, qr.connect, b'127.0.0.1',
+                               port, 5, b'127.0.0.77')
+
     def test_not_ours_or_no_address(self):
         """Deferred, and nobody is called; the report names the address."""
         for source, why in ((b'192.0.2.1', 'not an address of this host'),
