@@ -313,7 +313,8 @@ CONTROL FILES
     concurrencyspawn
         How many deliveries qmail-rspawn can run at once, at most 255; what
         conf-spawn is to the classic one, read when it starts.  Default: 120.
-        concurrencyremote, of qmail-send, counts if it is less.
+        concurrencyremote, of qmail-send, counts if it is less.  If it
+        cannot be read then, it is 120 until the next start.
 
     batch
         How many recipients of a message qmail-rspawn puts into one delivery,
@@ -800,6 +801,11 @@ def read_file(path, most):
         os.close(fd)
 
 
+def read_control_file(name):
+    """control/name, None if it is absent.  Raises OSError, Invalid."""
+    return read_file(b'control/' + name, CONTROL_MAX)
+
+
 def read_control():
     """All control files, from below the current directory, as a Control.
     Raises Report."""
@@ -822,12 +828,11 @@ def read_control():
 
 
 def read_concurrency():
-    """How many deliveries a spawner runs at once: control/concurrencyspawn,
-    if that can be read."""
+    """How many deliveries a spawner runs at once.  Raises Report."""
     try:
-        data = read_file(b'control/concurrencyspawn', CONTROL_MAX)
+        data = read_control_file(b'concurrencyspawn')
     except (OSError, Invalid):
-        data = None
+        raise Report(NO_CONTROL)
     return min(parse_number(data, SPAWN_LIMIT), SPAWN_LIMIT_MAX)
 
 
@@ -835,7 +840,8 @@ def read_concurrency():
 SIGNED_FILES = [b'control/' + name for name in (
     b'me', b'helohost', b'timeoutconnect', b'timeoutremote', b'smtproutes',
     b'authsenders', b'moreipme', b'notipme', b'outgoingip', b'batch',
-    b'clientcert.pem', b'tlsclientciphers')] + [b'/etc/resolv.conf']
+    b'concurrencyspawn', b'clientcert.pem', b'tlsclientciphers')] + \
+    [b'/etc/resolv.conf']
 
 
 def control_signature(more=()):
@@ -861,18 +867,28 @@ class TlsControl(Value):
     __slots__ = ('pem', 'never', 'cert', 'ciphers')
 
 
-def read_tls_control(name):
-    """The TlsControl for a host name or an address.  Raises Report."""
+def read_tls_defaults():
+    """The TlsControl for a host that neither tlshosts nor notlshosts names.
+    Raises Report."""
     try:
-        cert = b'control/clientcert.pem'
-        return TlsControl(
-            read_file(b'control/tlshosts/' + name + b'.pem', CONTROL_MAX),
-            read_file(b'control/notlshosts/' + name, CONTROL_MAX) is not None,
-            None if read_file(cert, CONTROL_MAX) is None else cert,
-            first_line(read_file(b'control/tlsclientciphers', CONTROL_MAX)
-                       or b''))
+        cert = read_control_file(b'clientcert.pem')
+        ciphers = read_control_file(b'tlsclientciphers')
     except (OSError, Invalid):
         raise Report(NO_CONTROL)
+    return TlsControl(
+        None, False, None if cert is None else b'control/clientcert.pem',
+        first_line(ciphers or b''))
+
+
+def read_tls_control(name):
+    """The TlsControl for a host name or an address.  Raises Report."""
+    control = read_tls_defaults()
+    try:
+        control.pem = read_control_file(b'tlshosts/' + name + b'.pem')
+        control.never = read_control_file(b'notlshosts/' + name) is not None
+    except (OSError, Invalid):
+        raise Report(NO_CONTROL)
+    return control
 
 
 def first_line(data):
@@ -3807,10 +3823,11 @@ def read_setting(store):
     signature, contexts = control_signature(store), TlsContexts()
     try:
         control = read_control()
+        read_concurrency()      # told long ago, but it must make sense
     except Report as report:
         return Setting(report.text, contexts, None)
     try:
-        files = read_tls_control(b'')
+        files = read_tls_defaults()
         for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
             contexts(TlsPolicy(True, False, check, None), files)
     except (ImportError, Report):
@@ -4222,7 +4239,11 @@ def spawn():
         return 111
     load_modules()
     TcpTo(b'queue/lock/tcpto', time.time, 0).clear()
-    Spawner(read_concurrency(), owner).run()
+    try:
+        limit = read_concurrency()
+    except Report:              # read_setting() defers until it can be read
+        limit = SPAWN_LIMIT
+    Spawner(limit, owner).run()
     return 0
 
 

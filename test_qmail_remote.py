@@ -9393,6 +9393,35 @@ class Spawn(unittest.TestCase):
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual((b'[]\n', b''), (done.stdout, done.stderr))
 
+    def test_contexts_are_made_ahead(self):
+        """Whatever tlshosts and notlshosts hold."""
+        for files in {}, {'tlshosts/x': b'', 'notlshosts/x': b''}:
+            with Home(**files) as home, inside(home):
+                self.assertEqual(2, len(qr.read_setting([]).contexts.kept))
+
+    def test_unreadable_concurrencyspawn(self):
+        """It runs, and says what is wrong with each delivery."""
+        office = self.office()
+        for bad in (None,):
+            with self.subTest(bad), QmailSend(
+                    office, **{'concurrencyspawn' if bad else
+                               'concurrencyspawn/x': bad or b''}) as qmail:
+                self.assertEqual(b'\x78', qmail.first)
+                for _ in range(2):
+                    qmail.send((0, b'a@h'))
+                    self.assertEqual([(0, NO_CONTROL.encode())],
+                                     qmail.reports(1))
+                path = os.path.join(qmail.home.path, 'control',
+                                    'concurrencyspawn')
+                os.rename(path, path + '.bad')
+                qmail.send((0, b'a@h'))
+                self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
+                os.symlink('nowhere', path)
+                qmail.send((0, b'a@h'))
+                self.assertEqual([(0, NO_CONTROL.encode())],
+                                 qmail.reports(1))
+                self.assertEqual((b'', 0), qmail.end())
+
     def test_by_sh(self):
         """As qmail-start runs it, by the lines of sh at the top."""
         with Home() as home:
