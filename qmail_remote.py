@@ -245,6 +245,8 @@ CONTROL FILES
     All of them are in the directory control of the qmail home.  A file may
     be absent.  One that cannot be read, is longer than 1 MiB or holds
     nonsense defers all mail, and so does a symbolic link that leads nowhere.
+    In smtproutes and authsenders a blank at the beginning of a line or
+    before its colon is nonsense, in all files a byte order mark.
 
     helohost
         Name to greet with.  Default: me, if that is supplied; otherwise
@@ -258,6 +260,8 @@ CONTROL FILES
         [2001:db8::1].  A domain that starts with a dot stands for all
         names that end with it, an empty one for every host.  An empty
         relay means: mail exchangers as usual (on port, if one is given).
+        Names are compared as DNS does it: the case, a final dot, UTF-8 or
+        Punycode do not matter.
 
             inside.af.mil:firewall.af.mil:26
             .af.mil:
@@ -271,7 +275,8 @@ CONTROL FILES
         Relays and passwords by envelope sender, stronger than smtproutes:
         sender:relay|user|password, sender:relay:port|user|password.  The
         sender is tried as a whole, then each part of it that starts with
-        an @ or a dot, then the empty name, which matches every sender.
+        an @ or a dot, then the empty name, which matches every sender.  A
+        colon within brackets is a part of it: a@[IPv6:2001:db8::1]:relay.
 
             @example.com|generic|passwd
             .subdomain.example.com|other|otherpw
@@ -450,6 +455,7 @@ TIMEOUT_CONNECT = 60            # qmail-remote.8, timeoutconnect
 TIMEOUT_REMOTE = 1200           # qmail-remote.8, timeoutremote
 TIMEOUT_MAX = 86400             # a day; qmail-send looks more often
 CONTROL_MAX = 1 << 20           # bytes of a control file
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'         # what some editors put before UTF-8
 REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
 REPLY_KEPT = 16384              # bytes of a reply kept, before masking
 TRAIL_MAX = 200                 # bytes of a reply shown in the trail
@@ -802,15 +808,18 @@ def read_file(path, most):
 
 
 def read_control_file(name):
-    """control/name, None if it is absent.  Raises OSError, Invalid."""
-    return read_file(b'control/' + name, CONTROL_MAX)
+    """control/name, None if it is absent.  Raises OSError, Invalid.  With a
+    byte order mark before it the first line would not mean what it says."""
+    data = read_file(b'control/' + name, CONTROL_MAX)
+    if data is not None and data.startswith(BYTE_ORDER_MARK):
+        raise Invalid(name)
+    return data
 
 
 def read_control():
     """All control files, from below the current directory, as a Control.
     Raises Report."""
-    def read(name):
-        return read_file(b'control/' + name, CONTROL_MAX)
+    read = read_control_file
     try:
         me, helohost = read(b'me'), read(b'helohost')
         return Control(
@@ -902,11 +911,36 @@ def lines_of(data):
     return [line for line in lines if line and not line.startswith(b'#')]
 
 
+def map_lines(data):
+    """The lines of a map.  Raises Invalid if one begins with a blank, which
+    makes it match nothing; before a # it is a comment."""
+    lines = [line for line in lines_of(data)
+             if not line.lstrip(b' \t').startswith(b'#')]
+    for line in lines:
+        if line.startswith((b' ', b'\t')):
+            raise Invalid(line)
+    return lines
+
+
+def split_key(line):
+    """(key, colon, value): as line.partition(b':'), but a colon within [ ]
+    belongs to the key, as in [IPv6:::1].  Raises Invalid for a blank before
+    the colon, which makes the line match nothing."""
+    key, colon, value = line.partition(b':')
+    inside, closed, rest = value.partition(b']')
+    if closed and b'[' not in inside and key.rfind(b'[') > key.rfind(b']'):
+        more, colon, value = rest.partition(b':')
+        key += b':' + inside + b']' + more
+    if key.endswith((b' ', b'\t')):
+        raise Invalid(line)
+    return key, colon, value
+
+
 def parse_helohost(data):
-    """The name for EHLO.  Raises Invalid if there is none, or if it would
-    not stay on its line."""
+    """The name for EHLO.  Raises Invalid if there is none, or if it is no
+    single word."""
     name = first_line(data or b'')
-    if not name or b'\r' in name or b'\0' in name:
+    if not name or unsafe(name):
         raise Invalid('helohost')
     return name
 
@@ -967,12 +1001,12 @@ def in_networks(address, networks):
 
 
 def parse_routes(data):
-    """smtproutes as {domain in lower case: Route}.  Raises Invalid."""
+    """smtproutes as {domain_key(): Route}.  Raises Invalid."""
     routes = {}
-    for line in lines_of(data):
-        domain, colon, value = line.partition(b':')
+    for line in map_lines(data):
+        domain, colon, value = split_key(line)
         if colon:
-            routes[domain.lower()] = parse_route(value)
+            routes[domain_key(domain)] = parse_route(value)
     return routes
 
 
@@ -980,9 +1014,9 @@ def parse_senders(data):
     """authsenders as {sender in lower case: Route}; a Route of False as
     relay means: no relay of its own, go by smtproutes.  Raises Invalid."""
     senders = {}
-    for line in lines_of(data):
+    for line in map_lines(data):
         place = line.split(b'|', 1)[0]
-        sender, colon, _ = place.partition(b':')
+        sender, colon, _ = split_key(place)
         if colon:
             route = parse_route(line[len(sender) + 1:])
             if route.credentials and not (route.relay or route.port):
@@ -1075,6 +1109,14 @@ def a_labels(host):
             for label in text.split('.'))
     except UnicodeError:
         return None
+
+
+def domain_key(domain):
+    """A host, or the end of one from a dot on, as DNS compares them: in
+    A-labels and lower case, without the final dot."""
+    labels = a_labels(domain) if len(domain) <= 4 * DNS_NAME_MAX else None
+    key = (domain if labels is None else labels).lower()
+    return key[:-1] if key.endswith(b'.') and key != b'.' else key
 
 
 def wire_name(host):
@@ -1703,7 +1745,7 @@ def route_words(host, sender, route, control):
 def lookup_host(host, routes):
     """The first of host, its suffixes from each dot on, and the empty name,
     that has a route; None if none has (qmail-remote.8, smtproutes)."""
-    return lookup_suffix(host.lower(), b'.', routes)
+    return lookup_suffix(domain_key(host), b'.', routes)
 
 
 def lookup_sender(sender, routes):

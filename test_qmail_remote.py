@@ -1302,7 +1302,12 @@ class ControlFiles(Tables):
                 (b'[192.0.2.1]', b'[192.0.2.1]'),
                 (None, qr.Invalid), (b'', qr.Invalid), (b'\n', qr.Invalid),
                 (b' \t\n', qr.Invalid), (b'me\r\n', qr.Invalid),
-                (b'me\rMAIL', qr.Invalid), (b'me\0', qr.Invalid)):
+                (b'me\rMAIL', qr.Invalid), (b'me\0', qr.Invalid),
+                (b' me.example', qr.Invalid), (b'\tme', qr.Invalid),
+                (b'me example', qr.Invalid), (b'me\texample', qr.Invalid),
+                (b'me\x01', qr.Invalid), (b'me\x1b[0m', qr.Invalid),
+                (b'me\x7f', qr.Invalid), (b'me>', qr.Invalid),
+                (b'm\xc3\xa9.example', b'm\xc3\xa9.example')):
             self.check(want, qr.parse_helohost, data)
 
     def test_parse_networks(self):
@@ -1432,6 +1437,8 @@ class ControlFiles(Tables):
         for name in ('me', 'helohost', 'timeoutconnect', 'timeoutremote',
                      'smtproutes', 'authsenders', 'moreipme', 'notipme',
                      'outgoingip', 'batch'):
+            with Home(**{name: b'\xef\xbb\xbf192.0.2.1\n'}) as home:
+                self.check(qr.NO_CONTROL, self.read_control, home)
             for make in os.mkdir, os.mkfifo, \
                     lambda path: os.symlink('nowhere', path):
                 with Home(**{name: None}) as home:
@@ -1538,6 +1545,23 @@ class Routes(Tables):
                 (b'a:b\nA:c\n', {b'a': (b'c', None, None)}),
                 (b'a:b|u|p\n', {b'a': (b'b', None, (b'u', b'p'))}),
                 (b'a::26\n', {b'a': (None, 26, None)}),
+                # a literal has colons of its own
+                (b'[IPv6:::1]:b\n', {b'[ipv6:::1]': (b'b', None, None)}),
+                (b'[::1]:[::2]:26', {b'[::1]': (b'[::2]', 26, None)}),
+                (b'[::1]', {}), (b'a[:b', {b'a[': (b'b', None, None)}),
+                (b'a[b:[::1]:26', {b'a[b': (b'[::1]', 26, None)}),
+                # keys are compared as DNS does
+                (b'B\xc3\x9ccher.example.:b',
+                 {b'xn--bcher-kva.example': (b'b', None, None)}),
+                (b'.b\xc3\xbccher:b',
+                 {b'.xn--bcher-kva': (b'b', None, None)}),
+                (b'.:b', {b'.': (b'b', None, None)}),
+                (b'\xff.:b', {b'\xff': (b'b', None, None)}),
+                # a blank at the beginning would match nothing
+                (b' # a:b\n\t#\n \t \n', {}),
+                (b'x:y\n a:b\n', qr.Invalid), (b'\ta:b', qr.Invalid),
+                (b' :b', qr.Invalid), (b' no colon', qr.Invalid),
+                (b'a :b', qr.Invalid), (b'a\t:b', qr.Invalid),
                 (b'a:b\r\n', qr.Invalid), (b'a:b\nc:d:0\n', qr.Invalid),
                 (b'a:b:0\na:b\n', qr.Invalid)):
             self.check(want, self.routes, data)
@@ -1575,6 +1599,22 @@ class Routes(Tables):
                 (b'a@b:|u|p', {b'a@b': (False, None, (b'u', b'p'))}),
                 (b'a@b:[::1]:26|u|p', {b'a@b': (b'[::1]', 26, (b'u', b'p'))}),
                 (b'a@b:r\na@B:s\n', {b'a@b': (b's', None, None)}),
+                # senders with a literal
+                (b'a@[IPv6:::1]:r|u|p',
+                 {b'a@[ipv6:::1]': (b'r', None, (b'u', b'p'))}),
+                (b'@[::1]:[::2]:26|u|]:[',
+                 {b'@[::1]': (b'[::2]', 26, (b'u', b']:['))}),
+                (b'a@[::1]|u|p', {b'a@[::1]': (False, None, (b'u', b'p'))}),
+                (b'a@[::1]:', {b'a@[::1]': (None, None, None)}),
+                (b'a@[192.0.2.1]:r', {b'a@[192.0.2.1]': (b'r', None, None)}),
+                (b'a[@b:[::1]:26', {b'a[@b': (b'[::1]', 26, None)}),
+                (b'a[@b:r|u]|p', {b'a[@b': (b'r', None, (b'u]', b'p'))}),
+                (b'a]@b:r', {b'a]@b': (b'r', None, None)}),
+                # a blank at the beginning would match nothing
+                (b' # a@b:r\n', {}), (b' a@b:r|u|p', qr.Invalid),
+                (b'\ta@b|u|p', qr.Invalid), (b' |u|p', qr.Invalid),
+                (b'a@b :r|u|p', qr.Invalid), (b'a@b |u|p', qr.Invalid),
+                (b'a b@c:r', {b'a b@c': (b'r', None, None)}),
                 (b'a@b|u|p\r\n', qr.Invalid), (b'a@b|u\0|p', qr.Invalid),
                 (b'a@b:r:0|u|p', qr.Invalid), (b'a@b:r:x|u|p', qr.Invalid)):
             self.check(want, self.senders, data)
@@ -1614,7 +1654,22 @@ class Routes(Tables):
                 (order, b'z.a.b.c', (b'2', None)),
                 (order, b'ab.c', (b'3', None)),
                 (order, b'c', (b'4', None)),
-                (order, b'b.c.', (b'4', None)),
+                (order, b'b.c.', (b'1', None)),
+                (order, b'A.B.C.', (b'2', None)),
+                (order, b'.', (b'4', None)),
+                (b'b.c.:1\n.b.c.:2\n', b'b.c', (b'1', None)),
+                (b'b.c.:1\n.b.c.:2\n', b'a.b.c', (b'2', None)),
+                (b'b\xc3\xbccher.c:1\n', b'xn--bcher-kva.c', (b'1', None)),
+                (b'xn--BCHER-kva.c:1\n', b'B\xc3\x9cCHER.C.', (b'1', None)),
+                (b'bu\xcc\x88cher.c:1\n', b'b\xc3\xbccher.c',
+                 (b'1', None)),
+                (b'.b\xc3\xbccher.c:1\n', b'a.b\xc3\xbccher.c',
+                 (b'1', None)),
+                (b'.c:1\n', b'\xc3\xbc.c', (b'1', None)),
+                (b'.c:1\n', b'\xff.c', (b'1', None)),
+                (b'.:1\n', b'b.c', (None, None)),
+                (b'[IPv6:2001:DB8::1]:r\n', b'[IPV6:2001:db8::1]',
+                 (b'r', None)),
                 (order, b'b.cd', (b'4', None)),
                 (b'a:r\n', b'b', (None, None)),
                 (b'[192.0.2.1]:r\n', b'[192.0.2.1]', (b'r', None)),
@@ -1630,6 +1685,9 @@ class Routes(Tables):
                 (b't@c', b'5'), (b't.c', b'4'), (b'', b'5'), (b't', b'5')):
             self.check((want, None, None), self.choose, b':r\n', senders,
                        b'host', sender)
+        for senders in b's@[IPv6:::1]:1|u|p\n', b'@[IPv6:::1]:1|u|p\n':
+            self.check((b'1', None, (b'u', b'p')), self.choose, b':r\n',
+                       senders, b'host', b's@[IPv6:::1]')
         self.check((b'r', None, None), self.choose, b':r\n', b'a@b:s\n',
                    b'host', b'')
 
@@ -5784,6 +5842,7 @@ CONTROL_EXAMPLES = (
     b':[2001:db8::1]:587|user|pass\nx.example:1.2.3.4;25|a|b|c:d\n',
     b'@example.com|generic|passwd\nmail@example.com:[10.0.0.1]|t|p\n',
     b'info@example.com:smtp.example.com:26|other|otherpw\n# no\n\n',
+    b'a@[IPv6:::1]:[::2]:26|u|p\n[::1]:b\n # no\nb\xc3\xbc.x.:r\n',
     b'10.0.0.0/8\n10.1.0.0/255.255.0.0\n2001:db8::/32\n[::1]\n192.0.2.1',
     b'1200\n', b'60 seconds', b'me.example \t\nmore\n',
     b'nameserver 127.0.0.1\nnameserver fe80::1%1\r\noptions timeout:2 '
@@ -9402,7 +9461,7 @@ class Spawn(unittest.TestCase):
     def test_unreadable_concurrencyspawn(self):
         """It runs, and says what is wrong with each delivery."""
         office = self.office()
-        for bad in (None,):
+        for bad in b'\xef\xbb\xbf20', None:
             with self.subTest(bad), QmailSend(
                     office, **{'concurrencyspawn' if bad else
                                'concurrencyspawn/x': bad or b''}) as qmail:
@@ -11072,6 +11131,9 @@ class TlsTables(Tables):
             with Home(**{name + '/x': b''}) as home, inside(home):
                 self.check(qr.NO_CONTROL, qr.read_tls_control,
                            b'relay.example')
+        with Home(tlsclientciphers=b'\xef\xbb\xbfHIGH') as home, \
+                inside(home):
+            self.check(qr.NO_CONTROL, qr.read_tls_control, b'relay.example')
         for name in names + ('tlshosts', 'notlshosts'):
             with Home(**{'tlshosts/x': b'', 'notlshosts/x': b''}) as home, \
                     inside(home):
