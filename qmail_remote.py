@@ -2241,13 +2241,13 @@ def dane_usable(record):
     if matching:
         fits = len(data) == (32 if matching == 1 else 64)
     else:
-        fits = is_key(data) if selector else is_certificate(data)
-    return fits and (usage == 3 or record[:3] == (2, 0, 0) or
-                     can_show_chain())
+        fits = is_sequence(data) and (selector or is_certificate(data))
+    return bool(fits) and (usage == 3 or record[:3] == (2, 0, 0) or
+                           can_show_chain())
 
 
-def is_key(data):
-    """Whether data is the outside of a key in DER: one SEQUENCE."""
+def is_sequence(data):
+    """Whether data is one SEQUENCE in DER, as keys and certificates are."""
     try:
         tag, _, end = der_item(data, 0)
         return tag == 0x30 and end == len(data)
@@ -2259,11 +2259,14 @@ def is_certificate(data):
     """Whether OpenSSL takes data for a certificate in DER."""
     try:
         import ssl
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
-            cadata=data)
-        return True
-    except (ImportError, OSError, ValueError):  # SSLError is an OSError
+    except ImportError:
         return False
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=data)
+    except (OSError, ValueError):   # Python 3.6 raises after it has loaded it
+        pass
+    return context.cert_store_stats()['x509'] == 1
 
 
 def dane_match(record, certificate):
