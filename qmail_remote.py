@@ -149,8 +149,8 @@ SPAWNER
     A process makes up to 200 deliveries.  It ends after a minute without
     any, and when a control file, resolv.conf(5) or the system's trust store
     has changed.  Nothing is kept from one message to the next, but sessions
-    of TLS to be resumed.  If a process is killed, its deliveries are
-    deferred.
+    of TLS to be resumed, and which name server answered.  If a process is
+    killed, its deliveries are deferred.
 
     At the end of its input qmail-rspawn finishes what has begun, and exits
     0; if it cannot start, 111.  $QMAILREMOTE counts for nothing here.
@@ -1508,13 +1508,20 @@ def side_by_side(jobs, wait, clock):
 
 
 class Resolver:
-    """Asks the name servers of config.  wait and clock: see The line."""
+    """Asks the name servers of config, first the one that answered last:
+    here, or before this Resolver was made (first: a NameServer, or None).
+    wait and clock: see The line."""
 
-    def __init__(self, config, wait, clock, screen=NOBODY):
+    def __init__(self, config, wait, clock, screen=NOBODY, first=None):
         self.config, self.wait, self.clock = config, wait, clock
         self.screen = screen
-        self.first = 0          # the server that answered last
+        self.first = config.servers.index(first) \
+            if first in config.servers else 0
         self.open = 0           # sockets in use
+
+    def preferred(self):
+        """The NameServer that is asked first."""
+        return self.config.servers[self.first]
 
     def ask(self, questions):
         """Asks all questions, pairs of a wire name and a type, side by
@@ -3537,9 +3544,9 @@ class World(Value):
                  'tls_control', 'tls_context', 'tickets', 'screen')
 
 
-def real_world(control, message, screen=NOBODY, contexts=None):
-    """The World of a process; contexts are TlsContexts, if it is to make
-    more than one delivery."""
+def real_world(control, message, screen=NOBODY, contexts=None, first=None):
+    """The World of a process.  If it is to make more than one delivery,
+    contexts are TlsContexts, and first is the NameServer to ask first."""
     try:
         resolv_conf = read_file(b'/etc/resolv.conf', CONTROL_MAX)
     except (OSError, Invalid):
@@ -3551,7 +3558,7 @@ def real_world(control, message, screen=NOBODY, contexts=None):
         return connect(address, port, seconds,
                        control.outgoingip.get(family_of(address)))
     return World(
-        Resolver(config, wait, time.monotonic, screen),
+        Resolver(config, wait, time.monotonic, screen, first),
         OwnAddresses(control.moreipme, control.notipme, is_local),
         TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect_from,
         Line, message, read_tls_control, contexts or tls_context, contexts,
@@ -3799,8 +3806,8 @@ def unframe(data, most):
 class Setting(Value):
     """What workers are born with.  control: a Control, or why there is none
     (bytes); contexts: TlsContexts; signature: of the files behind them, or
-    None."""
-    __slots__ = ('control', 'contexts', 'signature')
+    None; name_server: the one that last answered this worker, or None."""
+    __slots__ = ('control', 'contexts', 'signature', 'name_server')
 
 
 def load_modules():
@@ -3870,7 +3877,7 @@ def read_setting(store):
         control = read_control()
         read_concurrency()      # told long ago, but it must make sense
     except Report as report:
-        return Setting(report.text, contexts, None)
+        return Setting(report.text, contexts, None, None)
     try:
         files = read_tls_defaults()
         for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
@@ -3878,7 +3885,7 @@ def read_setting(store):
     except (ImportError, Report):
         pass                    # each delivery will see what becomes of it
     rehearse(control, contexts)
-    return Setting(control, contexts, signature)
+    return Setting(control, contexts, signature, None)
 
 
 def deliver_job(job, owner, setting):
@@ -3892,8 +3899,12 @@ def deliver_job(job, owner, setting):
         if isinstance(control, bytes):
             raise Report(control)
         message = Message(fd, False, control.timeoutremote)
-        report = deliver(host, sender, recipients, control, real_world(
-            control, message, contexts=setting.contexts))
+        world = real_world(control, message, contexts=setting.contexts,
+                           first=setting.name_server)
+        try:
+            report = deliver(host, sender, recipients, control, world)
+        finally:
+            setting.name_server = world.resolver.preferred()
     except Report as raised:
         report = raised
     except MemoryError:
@@ -4069,7 +4080,7 @@ class Spawner:
         try:
             self.setting = read_setting(self.store)
         except Exception:       # no memory, no descriptor: for now
-            self.setting = Setting(NO_RESOURCES, TlsContexts(), None)
+            self.setting = Setting(NO_RESOURCES, TlsContexts(), None, None)
         while self.idle:
             self.retire(self.idle.pop())
         import gc

@@ -2647,6 +2647,26 @@ class Resolving(Tables):
                 self.check(('ok', [b'192.0.2.1']), self.ask, resolver)
             self.assertEqual((1, 3), (len(bad.queries), len(good.queries)))
 
+    def test_where_to_begin(self):
+        """With the server that another Resolver has found, if it still is
+        one of them."""
+        with self.overridden({'rcode': 2}) as bad, \
+                FakeDNS(self.GOOD) as good:
+            resolver = self.resolver(bad, good)
+            self.ask(resolver)
+            first = resolver.preferred()
+            for servers, want in (([bad, good], 1), ([good, bad], 0),
+                                  ([bad], 1)):
+                before = len(bad.queries)
+                config = self.resolver(*servers).config
+                resolver = qr.Resolver(config, qr.wait, time.monotonic,
+                                       first=first)
+                self.assertEqual(config.servers[resolver.first],
+                                 resolver.preferred())
+                self.ask(resolver)
+                self.assertEqual(servers == [bad],
+                                 len(bad.queries) > before)
+
     def test_nobody_there(self):
         """An ICMP refusal is an answer from the host, not a reason to
         wait."""
@@ -9080,7 +9100,7 @@ class SpawnTables(Tables):
         spawner = qr.Spawner(20, os.getuid(), clock.wait, clock)
         spawner.setting = qr.Setting(control_files(batch=50, **control),
                                      None, qr.control_signature(
-                                         spawner.store))
+                                         spawner.store), None)
         return spawner
 
     def gather(self, spawner, *deliveries):
@@ -9297,7 +9317,7 @@ class QmailSend:
     that can be executed under that name, if not this."""
 
     def __init__(self, office=None, limit=None, preexec_fn=None,
-                 program=None, message=MESSAGE, **control):
+                 program=None, message=MESSAGE, dns='127.0.0.1:1', **control):
         self.home = Home(**control)
         os.chmod(self.home.path, 0o755)
         if office:
@@ -9322,7 +9342,7 @@ class QmailSend:
             self.child = subprocess.Popen(
                 command, stdin=far, stdout=far, stderr=subprocess.DEVNULL,
                 preexec_fn=preexec_fn, env={
-                    'QMAILHOME': self.home.path, 'DNSCACHEIP': '127.0.0.1:1'})
+                    'QMAILHOME': self.home.path, 'DNSCACHEIP': dns})
         self.left = b''
         self.first = self.sock.recv(1)
 
@@ -9457,6 +9477,20 @@ class Spawn(unittest.TestCase):
         for files in {}, {'tlshosts/x': b'', 'notlshosts/x': b''}:
             with Home(**files) as home, inside(home):
                 self.assertEqual(2, len(qr.read_setting([]).contexts.kept))
+
+    def test_the_name_server_that_answered(self):
+        """A worker asks it first, in all that it delivers."""
+        office, zone = self.office(), {('relay.test', 'A'): [IP]}
+        with FakeDNS(zone, {('relay.test', '*'): {'rcode': 2}}) as bad, \
+                FakeDNS(zone) as good, QmailSend(
+                    limit=1, dns='%s %s' % (bad.dns, good.dns),
+                    smtproutes=b':relay.test:%d' % office.port) as qmail:
+            asked = []
+            for _ in range(3):
+                qmail.send((0, b'r@c.example'))
+                self.assertEqual([(0, self.TAKEN)], qmail.reports(1))
+                asked.append((len(bad.queries), len(good.queries)))
+        self.assertEqual([(2, 2), (2, 4), (2, 6)], asked)
 
     def test_unreadable_concurrencyspawn(self):
         """It runs, and says what is wrong with each delivery."""
