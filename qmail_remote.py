@@ -153,7 +153,8 @@ SPAWNER
     killed, its deliveries are deferred.
 
     At the end of its input qmail-rspawn finishes what has begun, and exits
-    0; if it cannot start, 111.  $QMAILREMOTE counts for nothing here.
+    0; if it cannot start, 111.  If no process can be made, deliveries wait
+    for those that there are.  $QMAILREMOTE counts for nothing here.
 
 REPORTS
     IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
@@ -500,6 +501,7 @@ SPAWN_BATCH = 50                # recipients of one delivery
 SPAWN_GATHER = 0.005            # how long they are waited for
 SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
 SPAWN_PACE = 0.002              # a fork waits so long for a free worker
+SPAWN_RETRY = 1                 # the same after a fork that failed
 SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
 WORKER_REHEARSALS = 20          # what CPython 3.11 adapts to, it has seen
 WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
@@ -3958,7 +3960,7 @@ class Spawner:
         self.busy = set()       # delivery numbers
         self.gathering = {}     # key: (when it is due, Commands)
         self.due = []           # groups of Commands that no worker has yet
-        self.given = 0          # when a worker last got work
+        self.fork_at = 0        # no new worker before
         self.workers = {}       # descriptor: Worker
         self.idle = []          # Workers, the one that came last at the end
         self.dead = []          # process ids that nobody has waited for
@@ -3999,7 +4001,7 @@ class Spawner:
         """When there is something to do though nothing happens."""
         times = [due for due, _ in self.gathering.values()]
         if self.due:
-            times.append(self.given + SPAWN_PACE)
+            times.append(self.fork_at)
         if self.idle:
             times.append(self.idle[0].since + WORKER_IDLE)
         if self.dead:
@@ -4089,13 +4091,17 @@ class Spawner:
 
     def dispatch(self):
         """Gives the groups that are due to workers: to idle ones, or, if
-        none has come free for a while, to one new one."""
+        none has come free for a while, to one new one.  Where that cannot
+        be, they wait for those that are busy."""
         self.renew()
-        while self.due and (self.idle or
-                            self.given + SPAWN_PACE <= self.clock()):
-            group = self.due.pop(0)
+        while self.due and (self.idle or self.fork_at <= self.clock()):
             trouble = None if self.idle else self.start()
-            self.given = self.clock()       # a fork may take longer than that
+            self.fork_at = self.clock() + SPAWN_PACE
+            if trouble and any(worker.group for worker
+                               in self.workers.values()):
+                self.fork_at = self.clock() + SPAWN_RETRY
+                return
+            group = self.due.pop(0)
             if trouble:
                 for command in group:
                     self.done(command, trouble)

@@ -9314,10 +9314,12 @@ class QmailSend:
     """A scripted qmail-send: the program under the name qmail-rspawn on one
     end of a socket pair, us on the other, in a home with the message 0/17.
     office (anything with a port) is where all mail goes; program is one
-    that can be executed under that name, if not this."""
+    that can be executed under that name, if not this; by_sh: child is the
+    sh of the first lines, as under qmail."""
 
     def __init__(self, office=None, limit=None, preexec_fn=None,
-                 program=None, message=MESSAGE, dns='127.0.0.1:1', **control):
+                 program=None, message=MESSAGE, by_sh=False, dns='127.0.0.1:1',
+                 **control):
         self.home = Home(**control)
         os.chmod(self.home.path, 0o755)
         if office:
@@ -9333,7 +9335,10 @@ class QmailSend:
             os.symlink(program, command[0])
         else:
             shutil.copy(PROGRAM, command[0])
-            command[:0] = [sys.executable, '-IS']
+            command[:0] = ['sh'] if by_sh else [sys.executable, '-IS']
+        if by_sh:
+            os.symlink(sys.executable,
+                       os.path.join(self.home.path, 'python3'))
         self.sock, far = socket.socketpair()
         self.sock.settimeout(20)
         for sock in self.sock, far:     # a pipe has no more
@@ -9342,7 +9347,8 @@ class QmailSend:
             self.child = subprocess.Popen(
                 command, stdin=far, stdout=far, stderr=subprocess.DEVNULL,
                 preexec_fn=preexec_fn, env={
-                    'QMAILHOME': self.home.path, 'DNSCACHEIP': dns})
+                    'QMAILHOME': self.home.path, 'DNSCACHEIP': dns,
+                    'PATH': self.home.path + ':/usr/bin:/bin'})
         self.left = b''
         self.first = self.sock.recv(1)
 
@@ -9709,6 +9715,25 @@ class Spawn(unittest.TestCase):
             qmail.child.kill()
             qmail.child.wait()
             self.wait_for(lambda: not any(map(runs, workers)), workers)
+
+    def test_no_fork_while_others_are_busy(self):
+        """What cannot have a worker of its own waits for one."""
+        office = self.office()
+        with QmailSend(office, batch=b'0') as qmail:
+            if not hasattr(resource, 'prlimit'):
+                self.skipTest('no prlimit')
+            qmail.send((0, b'wait0@h'))
+            self.wait_for(lambda: office.waiting, 'no delivery')
+            resource.prlimit(qmail.child.pid, resource.RLIMIT_NOFILE, (4, 4))
+            qmail.send(*[(i, b'r%d@h' % i) for i in range(1, 9)])
+            before = seconds_of([qmail.child.pid])
+            time.sleep(1)
+            self.assertLess(seconds_of([qmail.child.pid]) - before, .3)
+            self.assertEqual([], qmail.at_hand())
+            office.release()
+            self.assertEqual({i: 'K' for i in range(9)}, qmail.letters(9))
+            self.assertEqual((b'', 0), qmail.end())
+        self.assertEqual(9, len(office.got))
 
     def test_descriptors(self):
         """A worker holds its own, and nobody else's."""
