@@ -152,9 +152,11 @@ SPAWNER
     of TLS to be resumed, and which name server answered.  If a process is
     killed, its deliveries are deferred.
 
-    At the end of its input qmail-rspawn finishes what has begun, and exits
-    0; if it cannot start, 111.  If no process can be made, deliveries wait
-    for those that there are.  $QMAILREMOTE counts for nothing here.
+    At the end of its input, or within seconds after the sh that started it
+    is killed, qmail-rspawn takes no more commands, finishes what has begun,
+    and exits 0; if it cannot start, 111.  If no process can be made,
+    deliveries wait for those that there are.  $QMAILREMOTE counts for
+    nothing here.
 
 REPORTS
     IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
@@ -3986,6 +3988,9 @@ class Spawner:
             ready = self.wait(reading, writing, self.deadline())
         except TimedOut:
             ready = (), ()
+        except Report:          # sh has been killed: no more commands
+            set_launcher(None)
+            self.ended, ready = True, ((), ())
         for fd in ready[1]:
             if fd in self.workers:
                 self.push_job(self.workers[fd])
@@ -4291,7 +4296,6 @@ def spawn():
     """The run under the name qmail-rspawn; returns the exit status."""
     import _signal              # the C half of signal, as with os
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # see bury()
-    set_launcher(None)          # to stop in mid-delivery helps nobody
     fill_descriptors()
     try:
         enter_home()

@@ -9716,6 +9716,31 @@ class Spawn(unittest.TestCase):
             qmail.child.wait()
             self.wait_for(lambda: not any(map(runs, workers)), workers)
 
+    def test_killed_sh(self):
+        """It is what ps shows, and what is killed: no command is taken from
+        then on, what is under way is finished and reported, and qmail-send
+        sees the end."""
+        office = self.office()
+        with QmailSend(office, by_sh=True, timeoutremote=b'30') as busy, \
+                QmailSend(by_sh=True) as idle:
+            pythons = busy.workers() + idle.workers()
+            if not pythons:
+                self.skipTest('no /proc')
+            busy.send((0, b'wait@h'))
+            self.wait_for(lambda: office.waiting, 'no delivery')
+            for qmail in busy, idle:
+                qmail.child.terminate()
+                qmail.child.wait()
+            self.assertEqual(b'', idle.sock.recv(1))
+            time.sleep(1)
+            busy.send((1, b'late@h'))
+            office.release()
+            self.assertEqual([(0, self.TAKEN)], busy.reports(1))
+            with contextlib.suppress(ConnectionResetError):  # late@h: unread
+                self.assertEqual(b'', busy.sock.recv(1))
+            self.wait_for(lambda: not any(map(runs, pythons)), 'Python stays')
+        self.assertEqual([b'wait'], office.got)
+
     def test_no_fork_while_others_are_busy(self):
         """What cannot have a worker of its own waits for one."""
         office = self.office()
