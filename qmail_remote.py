@@ -495,6 +495,7 @@ TCPTO_RECORDS, TCPTO_SIZE = 64, 16          # tcpto.c
 TCPTO_COUNT_MAX = 10
 TCPTO_SKIP_COUNT = 2
 TCPTO_FRESH = 120
+TCPTO_WAIT, TCPTO_STEP = 1, 0.01        # for its lock, and how often to try
 
 SPAWN_LIMIT, SPAWN_LIMIT_MAX = 120, 255     # conf-spawn
 SPAWN_FIELD_MAX = 1 << 20       # bytes of a sender or recipient
@@ -1979,11 +1980,14 @@ def try_socket(family, method, address):
 
 class TcpTo:
     """queue/lock/tcpto, the table of servers that timed out (tcpto.c).
-    time is the wall clock in seconds; pid spreads the moment to try again.
-    IPv4 only.  Whatever is wrong with the file: do without."""
+    clock is the wall clock in seconds; pid spreads the moment to try again;
+    wait and monotonic: see The line.  IPv4 only.  Whatever is wrong with
+    the file: do without."""
 
-    def __init__(self, path, clock, pid):
+    def __init__(self, path, clock, pid, wait, monotonic=time.monotonic):
         self.path, self.clock, self.pid = path, clock, pid
+        self.wait, self.monotonic = wait, monotonic
+        self.patience = TCPTO_WAIT      # seconds to wait for the lock
         self.listed = set()
 
     def skip(self, address):
@@ -2023,9 +2027,10 @@ class TcpTo:
             self._locked(address, forget)
 
     def clear(self):
-        """Forgets all (tcpto_clean.c)."""
-        self._locked(b'0.0.0.0', lambda fd, table, at: os.pwrite(
-            fd, bytes(len(table)), 0))
+        """Forgets all, and makes a file whole that is too short
+        (tcpto_clean.c)."""
+        self._with_file(lambda fd: os.pwrite(
+            fd, bytes(TCPTO_RECORDS * TCPTO_SIZE), 0))
 
     def _age(self, table, at):
         """Seconds since the record was written; negative if the clock has
@@ -2046,15 +2051,7 @@ class TcpTo:
     def _locked(self, address, action):
         """action(fd, table, where the address is or None) with the table
         locked; None if it cannot be."""
-        if b':' in address:
-            return None
-        fd = -1
-        try:
-            fd = os.open(self.path,
-                         os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return None
+        def read(fd):
             table = bytearray(os.pread(fd, TCPTO_RECORDS * TCPTO_SIZE, 0))
             del table[len(table) // TCPTO_SIZE * TCPTO_SIZE:]
             if not table:
@@ -2062,6 +2059,35 @@ class TcpTo:
             return action(fd, table, next(
                 (at for at in range(0, len(table), TCPTO_SIZE)
                  if table[at:at + 4] == packed(address)), None))
+        return None if b':' in address else self._with_file(read)
+
+    def _lock(self, fd):
+        """Who holds it holds it for microseconds.  If somebody does not,
+        this delivery waits once, and no more.  Raises OSError."""
+        end = self.monotonic() + self.patience
+        while True:
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                now = self.monotonic()
+                if now >= end:
+                    self.patience = 0
+                    raise
+            try:
+                self.wait((), (), min(end, now + TCPTO_STEP))
+            except TimedOut:
+                pass
+
+    def _with_file(self, action):
+        """action(fd) with the file locked; None if it cannot be."""
+        fd = -1
+        try:
+            fd = os.open(self.path,
+                         os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            self._lock(fd)
+            return action(fd)
         except OSError:
             return None
         finally:
@@ -3564,7 +3590,8 @@ def real_world(control, message, screen=NOBODY, contexts=None, first=None):
     return World(
         Resolver(config, wait, time.monotonic, screen, first),
         OwnAddresses(control.moreipme, control.notipme, is_local),
-        TcpTo(b'queue/lock/tcpto', time.time, os.getpid()), connect_from,
+        TcpTo(b'queue/lock/tcpto', time.time, os.getpid(), wait),
+        connect_from,
         Line, message, read_tls_control, contexts or tls_context, contexts,
         screen)
 
@@ -4304,7 +4331,7 @@ def spawn():
     except OSError:
         return 111
     load_modules()
-    TcpTo(b'queue/lock/tcpto', time.time, 0).clear()
+    TcpTo(b'queue/lock/tcpto', time.time, 0, wait).clear()
     try:
         limit = read_concurrency()
     except Report:              # read_setting() defers until it can be read

@@ -3407,7 +3407,8 @@ class TimedOutServers(Tables):
                 if table[at:at + 16] != bytes(16)]
 
     def tcpto(self, pid=0):
-        return qr.TcpTo(self.path, self.clock, pid)
+        return qr.TcpTo(self.path, self.clock, pid, self.clock.wait,
+                        self.clock)
 
     def test_skip(self):
         """While count >= 2 and age < (60 + (pid & 31)) * 64 seconds."""
@@ -3536,12 +3537,7 @@ class TimedOutServers(Tables):
 
     def test_do_without(self):
         self.write((self.HERE, 5, self.NOW))
-        self.check(True, self.tcpto().skip, self.HERE)
-        with open(self.path, 'rb') as other:            # another process'
-            fcntl.flock(other, fcntl.LOCK_EX)
-            before = self.bytes_of_file()
-            self.check(False, self.use, self.HERE)
-            self.assertEqual(before, self.bytes_of_file())
+        before = self.bytes_of_file()
         self.check(True, self.tcpto().skip, self.HERE)
         self.check(False, self.use, b'2001:db8::1')     # IPv4 only
         self.assertEqual(before, self.bytes_of_file())
@@ -3553,6 +3549,81 @@ class TimedOutServers(Tables):
         os.unlink(self.path)
         self.path = tempfile.gettempdir()
         self.check(False, self.use, self.HERE)
+
+    def test_a_lock_that_stays(self):
+        """It is waited for, in steps of 10 ms, for one second in all."""
+        self.write((self.HERE, 5, self.NOW))
+        before, start, waits = self.bytes_of_file(), self.clock.now, []
+
+        def wait(reading, writing, deadline):
+            waits.append((len(reading + writing),
+                          round(deadline - self.clock.now, 6)))
+            self.clock.wait(reading, writing, deadline)
+        tcpto = qr.TcpTo(self.path, self.clock, 0, wait, self.clock)
+        with open(self.path, 'rb') as other:            # another process'
+            fcntl.flock(other, fcntl.LOCK_EX)
+            for _ in range(3):
+                self.check(False, tcpto.skip, self.HERE)
+                self.assertAlmostEqual(1, self.clock.now - start, 4)
+                tcpto.timed_out(self.HERE)
+        self.assertEqual({(0, .01)}, set(waits[:99]))
+        self.assertLessEqual(len(waits), 101)
+        self.assertEqual(before, self.bytes_of_file())
+        self.check(True, tcpto.skip, self.HERE)
+
+    def test_a_lock_that_is_given_back(self):
+        self.write((self.HERE, 5, self.NOW))
+        with open(self.path, 'rb') as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+
+            def wait(reading, writing, deadline):
+                if self.clock.now > self.NOW + .95:
+                    fcntl.flock(other, fcntl.LOCK_UN)
+                self.clock.wait(reading, writing, deadline)
+            self.check(True, qr.TcpTo(self.path, self.clock, 0, wait,
+                                      self.clock).skip, self.HERE)
+
+    def in_processes(self, count, act):
+        """act(number, TcpTo) in so many processes, at once; how many times
+        it was true."""
+        gate, pids = os.pipe(), []
+        for number in range(count):
+            pid = os.fork()
+            if not pid:
+                status = 2
+                try:
+                    os.close(gate[1])
+                    os.read(gate[0], 1)
+                    tcpto = qr.TcpTo(self.path, self.clock, 0, qr.wait)
+                    status = 0 if act(number, tcpto) else 1
+                finally:
+                    os._exit(status)
+            pids.append(pid)
+        for fd in gate:
+            os.close(fd)
+        ends = [os.waitpid(pid, 0)[1] for pid in pids]
+        self.assertLessEqual(set(ends), {0, 256})
+        return ends.count(0)
+
+    def test_a_hundred_processes(self):
+        """Each time-out is noted, and each is told of a dead server."""
+        with open(self.path, 'rb') as other:
+            for _ in range(5):
+                self.write((self.HERE, 5, self.NOW))
+                fcntl.flock(other, fcntl.LOCK_EX)
+                opener = threading.Timer(
+                    .05, fcntl.flock, (other, fcntl.LOCK_UN))
+                opener.start()
+                self.in_processes(60, lambda number, tcpto: tcpto.timed_out(
+                    b'10.0.0.%d' % number))
+                opener.join()
+                self.assertEqual(
+                    [self.HERE] + sorted(b'10.0.0.%d' % i for i in range(60)),
+                    sorted((address for address, count, _ in self.records()),
+                           key=lambda address: (address != self.HERE,
+                                                address)))
+                self.assertEqual(100, self.in_processes(
+                    100, lambda number, tcpto: tcpto.skip(self.HERE)))
 
     @unittest.skipIf(os.getuid() == 0, 'root can write everything')
     def test_read_only(self):
@@ -4533,7 +4604,7 @@ class Trying(Tables):
                     qr.Route(None, None, None),
                     value_of(qr.Envelope, sender=b'', recipients=[b'a']),
                     control_files(), world_of(
-                        tcpto=qr.TcpTo(b'/nonexistent', time.time, 1),
+                        tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
                         connect=connect, line=qr.Line,
                         tls_control=lambda name: qr.TlsControl(
                             None, False, None, b'')))
@@ -9063,7 +9134,7 @@ class SpawnTables(Tables):
                                    [RECIPIENTS[0].encode()], before)
             with FakeESMTP(script) as server, self.subTest(script):
                 world = world_of(
-                    tcpto=qr.TcpTo(b'/nonexistent', time.time, 1),
+                    tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
                     line=qr.Line, message=None,
                     tls_control=lambda name: qr.TlsControl(
                         None, False, None, b''),
@@ -9541,9 +9612,12 @@ class Spawn(unittest.TestCase):
             qmail.end()
         with Home() as home:
             os.makedirs(os.path.join(home.path, 'queue', 'mess'))
-            for size in 1024, 320, 0:
-                with open(home.tcpto, 'wb') as f:
-                    f.write(b'x' * size)
+            for size in 1024, 320, 0, 1, 1023, 1025, 5000, None:
+                if size is None:
+                    os.unlink(home.tcpto)
+                else:
+                    with open(home.tcpto, 'wb') as f:
+                        f.write(b'x' * size)
                 link = os.path.join(home.path, 'qmail-rspawn')
                 if not os.path.lexists(link):
                     os.symlink(PROGRAM, link)
@@ -9551,8 +9625,12 @@ class Spawn(unittest.TestCase):
                                env={'QMAILHOME': home.path},
                                stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
+                if size is None:
+                    self.assertFalse(os.path.exists(home.tcpto))
+                    continue
                 with open(home.tcpto, 'rb') as f:
-                    self.assertEqual(bytes(size), f.read())
+                    self.assertEqual(bytes(1024) + b'x' * (size - 1024),
+                                     f.read())
 
     def test_bad_commands(self):
         """Each with qmail's text, and without harm to what runs."""
@@ -12175,7 +12253,7 @@ class Tickets(unittest.TestCase):
             body.write(MESSAGE)
             body.flush()
             world = world_of(
-                tcpto=qr.TcpTo(b'/nonexistent', time.time, 1),
+                tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
                 line=qr.Line, tls_context=contexts, tickets=contexts,
                 tls_control=lambda name: qr.TlsControl(
                     trust, False, None, b''),
