@@ -83,12 +83,13 @@ DESCRIPTION
     sender with 5xx; otherwise it is tried again later.
 
     TLS is used where the server offers STARTTLS; if it fails, the message
-    goes to the same address in the clear.  On port 465 it is used from the
-    first byte, and nothing is sent without.  It is required, and the
-    certificate checked, where control/tlshosts says so, where authentic TLSA
-    records do (DANE, RFC 7672, by the name servers 127.0.0.1, ::1 or
-    127.0.0.53, or any with "options trust-ad" in resolv.conf(5)), and on
-    ports 465 and 587 before a password.  After a failure of TLS no
+    goes to the same address in the clear.  What is refused then with a code
+    X.7.x, which speaks of security, is tried again later.  On port 465 it is
+    used from the first byte, and nothing is sent without.  It is required,
+    and the certificate checked, where control/tlshosts says so, where
+    authentic TLSA records do (DANE, RFC 7672, by the name servers 127.0.0.1,
+    ::1 or 127.0.0.53, or any with "options trust-ad" in resolv.conf(5)), and
+    on ports 465 and 587 before a password.  After a failure of TLS no
     password is sent in the clear.
 
     With PIPELINING the whole envelope leaves at once; SIZE, 8BITMIME and
@@ -132,6 +133,8 @@ RESULTS
     are cut out of what servers say.  The last line about a message that went
     over TLS names the protocol, the cipher, and what is known of the
     certificate: "certificate not checked", "verified", "pinned" or "DANE".
+    If TLS failed and the message went in the clear, it says so, and why:
+    "TLS failed: WHY, sent in the clear".
 
     qmail-remote exits 0, always, unless Python cannot be started at all:
     then 111, which qmail-rspawn reads as a temporary failure.
@@ -221,10 +224,16 @@ REPORTS
             can be verified. To trust this relay, put its certificate, or its
             CA's, into control/tlshosts/HOST.pem.
 
-    Success (K), the first line only if a password was configured:
+    Success (K):
+
+        IP accepted message.
+
+    A password for the relay was configured and could not be used.  With K
+    this comes first; all that the relay refuses is refused for now:
 
         no supported AUTH method found, continuing without authentication.
-        IP accepted message.
+        the line of this route in the control files has no WHAT, continuing
+            without authentication.
 
     From qmail-rspawn itself:
 
@@ -291,10 +300,13 @@ CONTROL FILES
         relay (the first three lines) the route is that of smtproutes, and
         the password goes to a relay named there.  A server that only the
         Domain Name System named never gets a password; mail goes to it
-        without.  A line with a relay but without user and password is a
-        route only; sender: alone means mail exchangers as usual.
+        without.  A line with a relay but without any | is a route only;
+        sender: alone means mail exchangers as usual.
 
-        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  This
+        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  If
+        the relay offers none of them, or the line lacks the user or the
+        password, mail goes without, here and in smtproutes, but nothing
+        that the relay refuses then bounces: it is tried again later.  This
         file and smtproutes hold passwords: give them to root, group qmail,
         mode 0640.
 
@@ -570,8 +582,12 @@ TLS_CLEAR = b'No password is sent in the clear after TLS has failed.\n'
 TLS_PASSWORD = b'No password is sent to this port without TLS and a ' \
     b'certificate that can be\nverified. To trust this relay, put its ' \
     b"certificate, or its CA's, into\ncontrol/tlshosts/%s.pem.\n"
+TLS_GAVE_UP = b'TLS failed: %s\n'
+TLS_IN_THE_CLEAR = b'TLS failed: %s, sent in the clear\n'
 AUTH_MISSING = b'no supported AUTH method found, continuing without ' \
     b'authentication.\n'
+AUTH_LACKING = b'the line of this route in the control files has no %s, ' \
+    b'continuing without authentication.\n'
 
 # What qmail-rspawn says itself (spawn.c, qmail-rspawn.c).
 SPAWN_TOO_LONG = b'Zqmail-spawn out of memory. (#4.3.0)\n'
@@ -762,8 +778,13 @@ class Control(Value):
 
 class Route(Value):
     """Where mail goes: relay (bytes; None: by MX), port (an int, or None:
-    as usual), credentials ((user, password) or None)."""
-    __slots__ = ('relay', 'port', 'credentials')
+    as usual), credentials ((user, password) or None), lacking (what the
+    line has not: b'user' or b'password', if it has the other or a | alone).
+    """
+    __slots__ = ('relay', 'port', 'credentials', 'lacking')
+
+    def __init__(self, relay, port, credentials, lacking=b''):
+        Value.__init__(self, relay, port, credentials, lacking)
 
 
 class Invalid(Exception):
@@ -1024,11 +1045,11 @@ def parse_senders(data):
         sender, colon, _ = split_key(place)
         if colon:
             route = parse_route(line[len(sender) + 1:])
-            if route.credentials and not (route.relay or route.port):
+            if len(place) < len(line) and not (route.relay or route.port):
                 route.relay = False
         elif len(place) < len(line):
-            route = Route(False, None, parse_route(line[len(place):])
-                          .credentials)
+            route = parse_route(line[len(place):])
+            route.relay = False
         else:
             continue
         senders[sender.lower()] = route
@@ -1037,7 +1058,7 @@ def parse_senders(data):
 
 def parse_route(value):
     """relay[:port][|user|password] as a Route.  Raises Invalid."""
-    place, _, secret = value.partition(b'|')
+    place, bar, secret = value.partition(b'|')
     user, _, password = secret.partition(b'|')
     if b'\r' in value or b'\0' in value:
         raise Invalid(value)
@@ -1058,8 +1079,10 @@ def parse_route(value):
                 or len(digits) > 5 or not 0 < int(digits) < 65536:
             raise Invalid(value)
         port = int(digits)
-    return Route(relay or None, port,
-                 (user, password) if user and password else None)
+    if user and password:
+        return Route(relay or None, port, (user, password))
+    return Route(relay or None, port, None,
+                 bar and (b'user' if password else b'password'))
 
 
 # ------------------------------------------------------------ 5. Addresses
@@ -1721,7 +1744,8 @@ class Exchanger(Value):
 
 def choose_route(host, sender, control):
     """The Route for this host and envelope sender (as given, unquoted).
-    Credentials are kept only for a relay that the administrator named."""
+    Credentials, whole or not, are kept only for a relay that the
+    administrator named."""
     own = lookup_sender(sender, control.authsenders)
     if own is not None and own.relay is not False:
         route = own
@@ -1729,7 +1753,8 @@ def choose_route(host, sender, control):
         route = lookup_host(host, control.smtproutes) or \
             Route(None, None, None)
         if own is not None:
-            route = Route(route.relay, route.port, own.credentials)
+            route = Route(route.relay, route.port, own.credentials,
+                          own.lacking)
     if route.relay is None:
         route = Route(None, route.port, None)
     return route
@@ -1749,6 +1774,8 @@ def route_words(host, sender, route, control):
         words += b', port %d' % route.port
     if route.credentials:
         words += b', with a password'
+    elif route.lacking:
+        words += b', without a password, for the line has no ' + route.lacking
     elif own is not None and own.credentials:
         words += b', without a password, for no relay is named'
     return b'route: %s (%s)' % (words, by)
@@ -2100,6 +2127,7 @@ class TcpTo:
 # the OpenSSL contexts made here.  The ssl module takes longer to import than
 # all else here together: only when a server has TLS.
 
+NO_SSL = b'this Python has no ssl module'
 X509_PARTIAL_CHAIN = 0x80000    # openssl/x509_vfy.h; ssl knows it since 3.10
 
 
@@ -3052,6 +3080,18 @@ def permanent(reply):
     return reply.kind() == 5 and reply.code != 530
 
 
+def about_security(reply):
+    """Whether the words of a reply hold an enhanced code X.7.x (RFC 3463
+    3.8), wherever a server puts it."""
+    for line in reply.text.split(b'\n'):
+        for word in line[4:].split():
+            numbers = word.strip(b'#()[]<>:;,.-').split(b'.')
+            if len(numbers) == 3 and numbers[0] in (b'4', b'5') and \
+                    numbers[1] == b'7' and numbers[2].isdigit():
+                return True
+    return False
+
+
 class EarlyReply(Exception):
     """The server answered a message before its end."""
 
@@ -3086,7 +3126,8 @@ class Session:
     if another server may do better."""
 
     def __init__(self, line, server, control, envelope, credentials,
-                 message, tls, tls_context, screen=NOBODY, tickets=None):
+                 message, tls, tls_context, screen=NOBODY, tickets=None,
+                 lacking=b'', tls_failure=b''):
         self.line, self.server, self.control = line, server, control
         self.address = server.address
         self.envelope, self.credentials = envelope, credentials
@@ -3098,13 +3139,15 @@ class Session:
         self.secrets = secrets_of(credentials)
         self.hidden = self.secrets, credentials[0] if credentials else b''
         self.offered = {}           # by EHLO
+        self.lacking = lacking      # as in Route
         self.unauthenticated = b''  # AUTH_MISSING, if it came to that
         self.accepted = False       # MAIL: from here on all is final
         self.data_ended = False     # the end is out, but not yet its reply
         self.said_quit = False
         self.sent = 0               # bytes of the message
         self.reports = []           # of the recipients
-        self.tail = b''             # about TLS, for the report
+        self.tls_failure = tls_failure      # why we are in the clear
+        self.tail = tls_failure and TLS_GAVE_UP % tls_failure   # about TLS
 
     def run(self):
         """See above.  Raises TlsFailed if TLS did not come about."""
@@ -3159,9 +3202,20 @@ class Session:
     def refused(self, text, reply, note):
         """The same after QUIT; temporary unless the reply is 5xx."""
         self.quit()
-        if not permanent(reply):
-            text = temporary(text)
-        return self.ended(text % self.address, reply, note)
+        return self.ended(self.softened(text, reply) % self.address, reply,
+                          note)
+
+    def softened(self, text, reply=None):
+        """The report of a refusal (None: by what EHLO does not offer), as a
+        temporary one if that need not be for good, or may come of a
+        password of ours that could not be used, or of our lack of TLS."""
+        without_tls = not self.line.tls and (
+            self.tls_failure or b'STARTTLS' in self.offered)
+        if (self.unauthenticated or
+                (reply is not None and not permanent(reply)) or
+                (without_tls and (reply is None or about_security(reply)))):
+            return temporary(text)
+        return text
 
     def quit(self, before=b''):
         """Said with the last words (before), never waited for."""
@@ -3280,7 +3334,8 @@ class Session:
             if self.tls.required or self.credentials or \
                     self.server.port == PORT_SMTPS:
                 self.quit()
-                raise TlsFailed(b'this Python has no ssl module')
+                raise TlsFailed(NO_SSL)
+            self.tls_failure, self.tail = NO_SSL, TLS_GAVE_UP % NO_SSL
 
     def secure(self, context):
         """The handshake, with the check of the certificate."""
@@ -3351,8 +3406,8 @@ class Session:
                 parameters += b' SMTPUTF8'
             elif non_ascii(sender):
                 self.quit()
-                raise self.ended(SENDER_8BIT % self.address, None,
-                                 b'no SMTPUTF8')
+                raise self.ended(self.softened(SENDER_8BIT % self.address),
+                                 None, b'no SMTPUTF8')
         return b'MAIL FROM:<' + sender + b'>' + parameters
 
     def sendable(self, address):
@@ -3370,13 +3425,13 @@ class Session:
         if address is None:
             return BAD_RECIPIENT
         if not self.sendable(address):
-            return RECIPIENT_8BIT % self.address
+            return self.softened(RECIPIENT_8BIT % self.address)
         reply = self.expect(next(replies))
         if reply.kind() == 2:
             return b'r'
-        text = RECIPIENT_REJECTED % self.address
-        if not permanent(reply) or reply.code == 552 and b'r' in self.reports:
-            text = temporary(text)      # 552: RFC 5321 4.5.3.1.10
+        text = self.softened(RECIPIENT_REJECTED % self.address, reply)
+        if reply.code == 552 and b'r' in self.reports:
+            text = temporary(text)      # RFC 5321 4.5.3.1.10
         text += said(reply, *self.hidden)
         if reply.code == 421:
             self.reports.append(text)
@@ -3402,6 +3457,8 @@ class Session:
         """The message, the final dot, the verdict."""
         last = b''
         self.screen.transfer()
+        if self.tls_failure:
+            self.tail = TLS_IN_THE_CLEAR % self.tls_failure
         try:
             for block in wire_form(self.message.blocks()):
                 self.send_part(last)
@@ -3449,8 +3506,7 @@ class Session:
         """A refusal in mid-message.  No QUIT: it would be message text."""
         if reply.kind() < 4:
             raise Lost(b'spoke out of turn')
-        text = MESSAGE_FAILED % self.address
-        return self.ended(text if permanent(reply) else temporary(text),
+        return self.ended(self.softened(MESSAGE_FAILED % self.address, reply),
                           reply, b'')
 
     # Authentication (RFC 4954)
@@ -3460,6 +3516,8 @@ class Session:
         next server, for it would count as a guess at the password.  Only
         504, which does not know the method, goes on to the next method."""
         if self.credentials is None:
+            if self.lacking:
+                self.unauthenticated = AUTH_LACKING % self.lacking
             return
         methods = [(b'PLAIN', self.auth_plain), (b'LOGIN', self.auth_login)]
         # Over TLS the plain methods come first: they do not need the server
@@ -3662,7 +3720,7 @@ def try_server(server, route, envelope, control, world):
     if tls.required and not tls.wanted:
         raise NextServer(TLS_FORBIDDEN % (server.name, server.port),
                          b'TLS forbidden by control/notlshosts')
-    failure = None
+    failure, reason = None, b''
     while True:
         try:
             line = open_line(server, control, world)
@@ -3673,7 +3731,7 @@ def try_server(server, route, envelope, control, world):
             line, server, control, envelope,
             route.credentials, world.message, tls,
             lambda policy: world.tls_context(policy, tls_control),
-            world.screen, world.tickets)
+            world.screen, world.tickets, route.lacking, reason)
         try:
             return session.run()
         except TlsFailed as failed:
@@ -3683,6 +3741,8 @@ def try_server(server, route, envelope, control, world):
         world.screen.say(Screen.REMARK, b'TLS failed: ' + failure.reason)
         hint = tls_hint(tls, server.port, password, server.name)
         tls = second_policy(tls, failure, server.port, password)
+        if tls and not tls.wanted:
+            reason = failure.reason
         if tls is None:
             raise NextServer(
                 TLS_FAILED % (server.address, failure.reason) + hint,

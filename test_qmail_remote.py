@@ -1477,9 +1477,16 @@ class ControlFiles(Tables):
 class Routes(Tables):
 
     def route(self, value):
-        """(relay, port, credentials) of a route."""
+        """(relay, port, credentials) of a route; what is lacking in the
+        place of incomplete credentials."""
         route = qr.parse_route(value)
-        return route.relay, route.port, route.credentials
+        return self.fields(route)
+
+    @staticmethod
+    def fields(route):
+        assert not (route.credentials and route.lacking)
+        return route.relay, route.port, route.credentials or \
+            route.lacking or None
 
     def test_parse_route(self):
         for value, relay, port, credentials in (
@@ -1507,8 +1514,11 @@ class Routes(Tables):
                 (b'a|u| p', b'a', None, (b'u', b' p')),
                 (b'a|\xc3\xbc|\xff', b'a', None, (b'\xc3\xbc', b'\xff')),
                 # user and password, or neither
-                (b'a|u|', b'a', None, None), (b'a|u', b'a', None, None),
-                (b'a||p', b'a', None, None), (b'a|', b'a', None, None),
+                (b'a|u|', b'a', None, b'password'),
+                (b'a|u', b'a', None, b'password'),
+                (b'a||p', b'a', None, b'user'),
+                (b'a|', b'a', None, b'password'),
+                (b'a:26|u', b'a', 26, b'password'),
                 (b'|u|p', None, None, (b'u', b'p'))):
             self.check((relay, port, credentials), self.route, value)
 
@@ -1529,7 +1539,7 @@ class Routes(Tables):
 
     def routes(self, data):
         """{domain: (relay, port, credentials)}"""
-        return {domain: (route.relay, route.port, route.credentials)
+        return {domain: self.fields(route)
                 for domain, route in qr.parse_routes(data).items()}
 
     def test_parse_routes(self):
@@ -1567,7 +1577,7 @@ class Routes(Tables):
             self.check(want, self.routes, data)
 
     def senders(self, data):
-        return {sender: (route.relay, route.port, route.credentials)
+        return {sender: self.fields(route)
                 for sender, route in qr.parse_senders(data).items()}
 
     def test_parse_senders(self):
@@ -1592,8 +1602,12 @@ class Routes(Tables):
                 (b'a@b|u|p|:|q', {b'a@b': (False, None, (b'u', b'p|:|q'))}),
                 (b'a@b|u:x|p', {b'a@b': (False, None, (b'u:x', b'p'))}),
                 (b'a@b:r|u|p:26', {b'a@b': (b'r', None, (b'u', b'p:26'))}),
-                (b'a@b|u', {b'a@b': (False, None, None)}),
-                (b'a@b|u|', {b'a@b': (False, None, None)}),
+                (b'a@b|u', {b'a@b': (False, None, b'password')}),
+                (b'a@b|u|', {b'a@b': (False, None, b'password')}),
+                (b'a@b||p', {b'a@b': (False, None, b'user')}),
+                (b'a@b:|u', {b'a@b': (False, None, b'password')}),
+                (b'a@b::26|u', {b'a@b': (None, 26, b'password')}),
+                (b'a@b:r|u', {b'a@b': (b'r', None, b'password')}),
                 (b'a@b:r', {b'a@b': (b'r', None, None)}),
                 (b'a@b:', {b'a@b': (None, None, None)}),
                 (b'a@b:|u|p', {b'a@b': (False, None, (b'u', b'p'))}),
@@ -1634,7 +1648,7 @@ class Routes(Tables):
         route = qr.choose_route(host, sender, control_files(
             smtproutes=qr.parse_routes(smtproutes),
             authsenders=qr.parse_senders(authsenders)))
-        return route.relay, route.port, route.credentials
+        return self.fields(route)
 
     def test_smtproutes(self):
         """The whole host, then its suffixes from the left, then ''."""
@@ -1715,7 +1729,19 @@ class Routes(Tables):
                 ('password only, smtproutes says MX',
                  b'host:|u|p\n:r', b'|me|mine', (None, None, None)),
                 ('user without password: unauthenticated',
-                 b':r|u|p', b'|me|', (b'r', None, None)),
+                 b':r|u|p', b'|me|', (b'r', None, b'password')),
+                ('the same, with a relay of its own',
+                 b':r|u|p', b':s|me', (b's', None, b'password')),
+                ('the same, and nobody names a relay',
+                 b'', b'|me|', (None, None, None)),
+                ('the same in smtproutes', b':r||p', b'',
+                 (b'r', None, b'user')),
+                ('the same in smtproutes, and a password in authsenders',
+                 b':r|u', b'|me|mine', (b'r', None, mine)),
+                ('the same in smtproutes, and a route in authsenders',
+                 b':r|u', b':s', (b's', None, None)),
+                ('the same in smtproutes, which says MX', b':|u', b'',
+                 (None, None, None)),
                 ('smtproutes says MX and has a password',
                  b':|u|p', b'', (None, None, None)),
                 ('smtproutes says MX on a port, with a password',
@@ -4386,6 +4412,20 @@ class SmtpTables(Tables):
             self.assertLessEqual(abs(got - head - 5000), 1)
         self.check(head + 4999, length, b'5' * 4998 + b'\n' * 9)
 
+    def test_about_security(self):
+        for text, want in (
+                (b'550 5.7.3 STARTTLS is required\n', True),
+                (b'550 4.7.0\n', True), (b'550-no\n550 5.7.26 no\n', True),
+                (b'550 #5.7.1 no\n', True),
+                (b'550-5.7.1 no\n550 way\n', True),
+                (b'554 no (#5.7.1)\n', True),
+                (b'554 5.7.1: no\n', True), (b'550 <x>, 5.7.1.\n', True),
+                (b'550 5.1.1 no\n', False), (b'550 no\n', False),
+                (b'550\n', False), (b'550 2.7.1\n', False),
+                (b'550 15.7.1 5.70.1 5.17.1 5.7 5.7.x 5.7.1.2 5..7.1\n',
+                 False)):
+            self.check(want, qr.about_security, qr.Reply(550, text))
+
     def test_first_words(self):
         def words(text):
             return qr.first_words(qr.Reply(550, text), [b'secret'])
@@ -4654,6 +4694,10 @@ class Trying(Tables):
 
 FOREVER = float('inf')
 HELO_NAME = b'me.example'
+# X.7.x (RFC 3463) in the lines of a reply, in a script and in a report.
+SECURITY = re.compile(r'(?m)^(?:S: |Remote host said: )?[45]\d\d[ -]'
+                      r'.*(?<![\w.])[45]\.7\.\d+(?!\.?\w)')
+SECURITY_BYTES = re.compile(SECURITY.pattern.encode())
 
 
 class Violation(Exception):
@@ -4673,11 +4717,12 @@ GARBAGE = (
     b'250-ok\r\nwhat', b'250-ok\r\n', b'\xff\xfe\r\n', b'\r\r\n',
     b'\xd9\xa2\xd9\xa5\xd9\xa0', b'-250 ok', b'25 0', b'\t250 ok',
     b'220\0 ok', b'3', b'354-\r\n250 ok', b'x' * 3000, b'550' * 2000)
-WORDS = (b'', b' ', b' ok', b' 2.1.5 ok', b' \0\0', b' no\xe9', b' a\rb',
+WORDS = (b'', b' ', b' ok', b' 2.1.5 ok', b' 5.7.1 no', b' no (#5.7.26)',
+         b' 4.7.0 later', b' 5.1.1 no', b' \0\0', b' no\xe9', b' a\rb',
          b' 550 no', b' 250 ok', b'\r', b' ' + b'long ' * 40)
 EXTENSIONS = ((b'PIPELINING', .6), (b'CHUNKING', .5), (b'SIZE', .3),
               (b'SIZE 1000', .2), (b'8BITMIME', .4), (b'SMTPUTF8', .4),
-              (b'smtputf8', .1), (b'STARTTLS', .02), (b'HELP', .1),
+              (b'smtputf8', .1), (b'STARTTLS', .06), (b'HELP', .1),
               (b'DSN', .1), (b'', .05), (b'X ' + b'y' * 500, .02),
               (b'\xff\0', .02), (b'Pipelining', .1))
 METHODS = (b'PLAIN', b'LOGIN', b'CRAM-MD5', b'plain', b'XOAUTH2', b'PLAINX')
@@ -4838,11 +4883,12 @@ class FuzzServer:
     """A small SMTP server that refuses and errs as chance has it, and knows
     the truth: what it got, and what it said to what.
 
-    stray: it has said something besides one reply to each command, so that
-    a client cannot know which is which; clean: all replies so far could be
-    understood; slow: one of them may have come too late; mail, end: the
-    codes said to MAIL and to the message, or None; recipients: [path,
-    code]; complete: the whole message is in, for somebody."""
+    logged_in: it has taken a password; stray: it has said something besides
+    one reply to each command, so that a client cannot know which is which;
+    clean: all replies so far could be understood; slow: one of them may
+    have come too late; mail, end: the codes said to MAIL and to the message,
+    or None; recipients: [path, code]; complete: the whole message is in, for
+    somebody."""
 
     def __init__(self, case, sock, index):
         self.case, self.chance, self.sock = case, case.chance, sock
@@ -4854,8 +4900,9 @@ class FuzzServer:
         self.stray, self.clean, self.slow = False, True, False
         self.mail = self.end = self.data_code = self.auth = None
         self.recipients, self.body = [], bytearray()
-        self.complete = self.early = self.ahead = False
+        self.complete = self.early = self.ahead = self.logged_in = False
         self.end_at = self.said_5xx = None
+        self.offers_tls = False
         sock.server = self
         if case.port == 465 and case.tls_wanted:
             self.read = self.read_tls
@@ -5059,6 +5106,7 @@ class FuzzServer:
                        if self.chance.random() < .5]
             lines.append(self.chance.choice((b' AUTH ', b' AUTH=')) +
                          b' '.join(methods))
+        self.offers_tls = b' STARTTLS' in lines
         self.answer(250, line, lines, (421, 450, 500, 502, 502, 530, 554))
 
     def on_star(self, line):
@@ -5090,6 +5138,7 @@ class FuzzServer:
             challenge = self.chance.choice((b'', b'a', b'=', b'x' * 20000))
         code = self.answer(235 if first else 334, line, [b' ' + challenge],
                            (432, 454, 500, 504, 504, 534, 534, 535, 538))
+        self.logged_in = self.logged_in or code == 235
         if code == 334:
             self.auth = 2 if method == b'LOGIN' else 1
 
@@ -5097,6 +5146,7 @@ class FuzzServer:
         more, self.auth = self.auth - 1, None
         code = 501 if line == b'*\r\n' else 334 if more else 235
         code = self.answer(code, line, None, (432, 454, 501, 535, 334))
+        self.logged_in = self.logged_in or code == 235
         if code == 334:
             self.auth = more or 1       # one 334 too many: it may cancel
 
@@ -5295,13 +5345,16 @@ class FuzzCase(FuzzClock):
         if self.named:
             self.count = 1
             self.port = chance.choice((25,) * 30 + (26, 26, 587, 465))
-        credentials = None
+        credentials, lacking = None, b''
         if chance.random() < .3:
             credentials = self.choose_credentials()
+        elif chance.random() < .1:
+            lacking = chance.choice((b'user', b'password'))
         relay = b'relay.example' if self.named else None
         route = qr.Route(relay, self.port if self.named else None,
-                         credentials)
-        own = qr.Route(False, None, credentials)
+                         credentials, lacking)
+        own = qr.Route(False, None, credentials, lacking)
+        self.configured = self.named and bool(credentials or lacking)
         table = {b'': route}
         self.control = qr.Control(
             HELO_NAME, self.connecting, self.seconds,
@@ -5443,6 +5496,7 @@ class FuzzCase(FuzzClock):
         self.judge_recipients()
         self.judge_acceptance()
         self.judge_verdicts()
+        self.judge_configuration()
         if self.text[:1] == b'D':
             self.judge_bounce()
 
@@ -5505,23 +5559,30 @@ class FuzzCase(FuzzClock):
         codes = list(server.recipients) if server else []
         earlier = False
         for record, (_, path) in zip(self.reports, self.recipients):
-            unsent = path is None or record[:1] == b'h' and \
-                b'#5.6.7' in record and any(c > 127 for c in path)
+            unsent = path is None or b'#5.6.7' in record and \
+                any(c > 127 for c in path)
             if unsent:
-                self.law(record[:1] == b'h', 'a bad address is not told of')
+                self.law(record != b'r', 'a bad address is not told of')
                 continue
             if server is None or server.stray:
                 return
             self.law(codes, 'a report without a RCPT')
             sent, code = codes.pop(0)
             self.law(sent == path, 'another recipient: %r' % sent)
-            want = b'r' if server.good(code) else \
-                b'h' if code and code >= 500 and code != 530 and not (
-                    code == 552 and earlier) else b's'
+            soft = code == 552 and earlier or self.configured and \
+                not server.logged_in or record[:1] == b's' and \
+                self.tls_is_missing(server) and SECURITY_BYTES.search(record)
+            want = b'r' if server.good(code) else b'h' if \
+                code and code >= 500 and code != 530 and not soft else b's'
             self.law(record[:1] == want and code is not None and
                      not 300 <= code < 400,
                      '%r for a recipient that got %s' % (record, code))
             earlier = earlier or want == b'r'
+
+    def tls_is_missing(self, server):
+        """Whether a server speaks of TLS, and has none from us."""
+        return server.offers_tls or server.index in [
+            before.index for before in self.servers if before is not server]
 
     def judge_acceptance(self):
         """The first law, and that nothing accepted is thought lost."""
@@ -5556,6 +5617,25 @@ class FuzzCase(FuzzClock):
         """Whether the message and its end left, even if the server, which
         is out of step, was gone by then."""
         return self.wire() + b'.\r\n' in sent
+
+    def judge_configuration(self):
+        """No D and no h because of passwords that were not used, nor for
+        X.7.x after TLS failed; but an address or a message that cannot be
+        sent is refused all the same."""
+        server = self.servers[-1] if self.servers else None
+        unused = self.configured and server and not (
+            server.stray or server.logged_in)
+        failed = server and server.index in [
+            before.index for before in self.servers[:-1]]
+        for report in self.reports + [self.text]:
+            if report[:1] not in (b'h', b'D') or report.startswith((
+                    qr.BAD_RECIPIENT, qr.NO_RECIPIENT, qr.PARTIAL_LINE)):
+                continue
+            self.law(not unused, 'credentials that were not used: %r' %
+                     report)
+            self.law(not failed or not SECURITY_BYTES.search(report) or
+                     server.index.encode() not in report.split(b'\n')[0],
+                     'X.7.x after TLS failed: %r' % report)
 
     def judge_bounce(self):
         """D only for what a server, DNS or the mail itself has said."""
@@ -6322,10 +6402,36 @@ def answers(connection):
     return list(zip(commands, codes))
 
 
-def broken_laws(reports, transcript):
+
+
+def lacks_tls(transcript):
+    """Whether the last connection is in the clear, and the server offers
+    TLS there, or it has failed before."""
+    before, _, last = transcript.rpartition('\n-- connection ')
+    offered = re.compile('STARTTLS', re.I).search
+    return bool(offered(before) or offered(last)) and \
+        '-- TLS' not in last and last.count('S: 220') == 1
+
+
+def credentials_for_it(control, host, sender):
+    """Whether a line of the control files has something behind a bar, for
+    the relay that it names."""
+    files = [control.get(name) or b'' for name in ('smtproutes',
+                                                   'authsenders')]
+    try:
+        route = qr.choose_route(host, sender, control_files(
+            smtproutes=qr.parse_routes(files[0]),
+            authsenders=qr.parse_senders(files[1])))
+    except qr.Invalid:
+        return False
+    return bool(route.credentials or route.lacking)
+
+
+def broken_laws(reports, transcript, credentials=False):
     """The first law of a delivery: no K without a 2xx to the end of the
     data, no D and no h unless the server said 5xx, and each recipient report
-    is that recipient's reply."""
+    is that recipient's reply.  And the fourth: no D and no h after
+    credentials that were not used, nor for X.7.x after TLS failed."""
     last = answers(transcript[max(0, transcript.rfind('S: 220')):])
     accepted = re.search(r'(?m)^D: .*\n(--.*\n)*[Ss]: 2', transcript)
     if last:
@@ -6337,6 +6443,18 @@ def broken_laws(reports, transcript):
             yield 'K, though no server accepted a message'
         if report[:1] in 'Dh' and not refused:
             yield report[:1] + ', though no server refused anything'
+    unused = credentials and not re.search(
+        r'(?m)^C: AUTH', transcript[max(0, transcript.rfind('S: 220')):])
+    for report in reports if unused else ():
+        if report[:1] in 'Dh' and '#5.1.' not in report:
+            yield report[:1] + ', though configured credentials were not used'
+    ours = lacks_tls(transcript) and SECURITY.search(
+        transcript.rpartition('\n-- connection ')[2])
+    for report in reports if ours else ():
+        if report[:1] in 'Dh' and SECURITY.search(report):
+            yield report[:1] + ' for X.7.x, for lack of TLS'
+    if unused or ours:
+        last = []               # these letters are softer
     letters = ''
     for command, code in last:
         if command.startswith('RCPT'):
@@ -6382,6 +6500,8 @@ def converse(row):
         records = exchangers(scripts) if named else {}
     name_server = FakeDNS(records, options.pop('overrides', {}))
     args = [options.pop('host', HOST), options.pop('sender', SENDER)]
+    credentials = credentials_for_it(control, *[
+        arg if isinstance(arg, bytes) else arg.encode() for arg in args])
     stdin = options.pop('stdin', None)
     stdin = stdin and stdin()
     try:
@@ -6396,7 +6516,8 @@ def converse(row):
     got = [x.decode('utf-8', 'replace') for x in outcome.reports]
     transcript = ''.join('%s\n' % line for server in servers
                          for line in server.transcript)
-    problems = [] if local else list(broken_laws(got, transcript))
+    problems = [] if local else list(broken_laws(got, transcript,
+                                                 credentials))
     if list(row.reports) != got:
         problems.append('other reports')
     if outcome.status != 0:
@@ -6923,22 +7044,111 @@ class Authentication(Dialogues):
             row('HELO only', TO_EHLO + 'S: 500 what?\nC: HELO me.example\n'
                 'S: 250 fake\n' + FROM_MAIL, 'r', 'K' + note + ACCEPTED[1:],
                 control={'smtproutes': self.ROUTE}),
-            self.row('MAIL refused', 'AUTH GSSAPI', MAIL
-                     + 'S: 550 no\nQ:', Like(
-                         'DConnected to 127.0.0.1 but sender was rejected.\n',
-                         note, 'Remote host said: 550 no\n')),
+            self.row('taken, then refused', 'AUTH GSSAPI', MAIL
+                     + TO_END[len(TO_MAIL):] + 'S: 250 queued\nS: 550 no\n',
+                     'r', 'K' + note + ACCEPTED[1:])])
+
+    def refusals(self, title, methods, note, final=False, **options):
+        """Rows with a refusal at each step after AUTH would have been due:
+        for good (final), or temporary and with a note."""
+        said = 'Remote host said: 550 no\n'
+
+        def case(step, steps, *reports):
+            return self.row('%s: %s' % (title, step), methods, steps,
+                            *[Like(letter[not final] + report, said, note)
+                              if letter == 'DZ' else report
+                              for letter, report in reports], **options)
+        to_data, to_end = TO_DATA[len(TO_MAIL):], TO_END[len(TO_MAIL):]
+        recipient = ('', 'hs'[not final] + '127.0.0.1 does not like '
+                     'recipient.\n' + said)
+        taken = ('', 'r')
+        return [
+            case('MAIL', MAIL + 'S: 550 no\nQ:', (
+                'DZ', 'Connected to 127.0.0.1 but sender was rejected.\n')),
+            case('RCPT', MAIL + 'S: 250 ok\n' + RCPT + 'S: 550 no\nQ:',
+                 recipient, ('', Like('DZ'[not final] + 'Giving up on '
+                                      '127.0.0.1.\n', note))),
+            case('DATA', MAIL + to_data + 'S: 550 no\nQ:', taken, (
+                'DZ', '127.0.0.1 failed on DATA command.\n')),
+            case('end of data', MAIL + to_end + 'S: 550 no\nQ:', taken, (
+                'DZ', '127.0.0.1 failed after I sent the message.\n'))]
+
+    def test_no_common_method_bounces_nothing(self):
+        """The relay's AUTH may be down for a minute, and its refusals come
+        of that."""
+        note = ('no supported AUTH method found, continuing without '
+                'authentication.\n')
+        rows = self.refusals('no method', 'AUTH XOAUTH2 SCRAM-SHA-256', note)
+        rows += self.refusals('no AUTH', 'HELP', note)
+        rows += self.refusals('no MD5', 'AUTH CRAM-MD5', note,
+                              command=python(NO_MD5))
+        rows += [
+            self.row('in mid-message', 'HELP', MAIL
+                     + TO_MESSAGE[len(TO_MAIL):] + 'R: 100\nS: 554 no\n'
+                     'close', 'r', Like('Z127.0.0.1 failed after', note,
+                                        '554 no'), message=BIG),
+            self.row('pipelined', 'PIPELINING', MAIL + RCPT + 'C: DATA\n'
+                     + 'S: 250 ok\nS: 554 Relay access denied\nS: 554 no\n'
+                     'Q:', Like('s', '554 Relay access denied'),
+                     Like('ZGiving up on 127.0.0.1.\n', note)),
+            self.row('an address that is never sent', 'HELP', MAIL
+                     + 'S: 250 ok\n' + RCPT + 'S: 550 no\nQ:',
+                     Like('h', '#5.1.3'), Like('s', '550 no'),
+                     Like('ZGiving up', note), recipients=[
+                         'a\rb@there.example', RECIPIENTS[0]]),
             self.row('530: log in first', 'AUTH GSSAPI', MAIL
                      + 'S: 530 log in\nQ:', Like(
                          'ZConnected to 127.0.0.1 but sender was rejected.\n',
                          note, 'Remote host said: 530 log in\n')),
-            self.row('recipients refused', 'AUTH GSSAPI', MAIL
-                     + 'S: 250 ok\n' + RCPT + 'S: 550 no\nQ:',
-                     Like('h127.0.0.1 does not like recipient.\n', '550 no'),
-                     Like('DGiving up on 127.0.0.1.\n', note)),
-            self.row('the message refused', 'AUTH GSSAPI', MAIL
-                     + TO_END[len(TO_MAIL):] + 'S: 550 no\nQ:',
-                     'r', Like('D127.0.0.1 failed after I sent the '
-                               'message.\n', note, '550 no\n'))])
+            row('the next address has AUTH', {
+                '127.0.0.2': TO_MAIL + 'S: 550 log in first\nQ:',
+                '127.0.0.3': TO_EHLO + 'S: 250-fake\nS: 250 AUTH PLAIN\n'
+                + self.plain + 'S: 235 welcome\n' + FROM_MAIL}, 'r',
+                Like('K127.0.0.3 accepted', '127.0.0.2: sender was rejected'),
+                records={('relay.example', 'A'): ['127.0.0.2'],
+                         ('relay.example', 'AAAA'): ['::ffff:127.0.0.3']},
+                control={'smtproutes': self.ROUTE.replace(
+                    IP.encode(), b'relay.example')})]
+        self.play(rows)
+
+    def test_a_line_without_a_password_bounces_nothing(self):
+        """Nor one without a user; but where DNS has chosen the host, no
+        line has a say."""
+        here = b':127.0.0.1:PORT'
+        note = ('the line of this route in the control files has no %s, '
+                'continuing without authentication.\n')
+        rows = []
+        for title, what, control in (
+                ('smtproutes', 'password', {'smtproutes': here + b'|user'}),
+                ('an empty one', 'password', {'smtproutes':
+                                              here + b'|user|'}),
+                ('no user', 'user', {'smtproutes': here + b'||password'}),
+                ('neither', 'password', {'smtproutes': here + b'|'}),
+                ('authsenders', 'password', {
+                    'smtproutes': None,
+                    'authsenders': b'@here.example' + here + b'|user'}),
+                ('authsenders, and the relay of smtproutes', 'password', {
+                    'smtproutes': here + b'|other|word',
+                    'authsenders': b'@here.example|user|'})):
+            rows += self.refusals(title, 'AUTH PLAIN', note % what,
+                                  control=control)[:None if not rows else 2]
+            rows.append(self.row(title + ': accepted', 'AUTH PLAIN',
+                                 FROM_MAIL, 'r', 'K' + note % what
+                                 + ACCEPTED[1:], control=control))
+        for title, authsenders in (
+                ('another sender', b'else@here.example|user'),
+                ('a route only', b'@here.example' + here)):
+            rows += self.refusals(title, 'AUTH PLAIN', '', True, control={
+                'smtproutes': here, 'authsenders': authsenders})
+        rows += [
+            row('DNS has chosen: ' + title, {
+                '127.0.0.2': TO_RCPT + 'S: 550 no\nQ:'},
+                Like('h127.0.0.2 does not like'),
+                'DGiving up on 127.0.0.2.\n', control={
+                    'authsenders': b'sender@here.example|' + secret})
+            for title, secret in (('a password', b'user|password'),
+                                  ('no password', b'user'))]
+        self.play(rows)
 
     def test_a_long_password(self):
         """An AUTH command has to fit into 512 bytes (RFC 4954 4): a longer
@@ -6990,12 +7200,6 @@ class Authentication(Dialogues):
                  b'sender@here.example' + secret),
             case('authsenders: another sender', FROM_MAIL,
                  b'else@here.example' + here + secret),
-            case('authsenders: no password', FROM_MAIL,
-                 b'sender@here.example' + here + b'|' + self.USER),
-            case('authsenders: an empty password', FROM_MAIL,
-                 b'sender@here.example' + here + b'|' + self.USER + b'|'),
-            case('authsenders: an empty user', FROM_MAIL,
-                 b'sender@here.example' + here + b'||x'),
             case('smtproutes without credentials', FROM_MAIL, None),
             case('smtproutes for the host', login, None, elsewhere
                  + b'\nthere.example' + here + secret),
@@ -11718,6 +11922,21 @@ def accepted(checked, address=IP):
                 'TLSv1.', ', %s\n' % checked)
 
 
+class InTheClear(Like):
+    """The report of mail that went out after a failure of TLS."""
+
+    def __init__(self, words=''):
+        super().__init__(ACCEPTED + 'TLS failed: ' + words,
+                         ', sent in the clear\n')
+
+    def __eq__(self, report):
+        return super().__eq__(report) and report.count('\n') == 3
+
+
+def in_clear(words=''):
+    return InTheClear(words)
+
+
 class Tls(Dialogues):
     """STARTTLS, certificates, and TLS from the first byte."""
 
@@ -11798,8 +12017,8 @@ class Tls(Dialogues):
         nothing of it is sent; and where TLS is required nothing, too."""
         control = options.pop('control', {})
         return [
-            row(title, [script, IN_CLEAR], 'r', ACCEPTED, control=control,
-                **options),
+            row(title, [script, IN_CLEAR], 'r', in_clear(words),
+                control=control, **options),
             self.login(title + ', with a password', script, Like(
                 TLS_FAILED + words, 'No password is sent in the clear'),
                 control=control, **options),
@@ -11810,6 +12029,59 @@ class Tls(Dialogues):
     def test_failures(self):
         self.play(each for failure in self.FAILURES
                   for each in self.after(*failure))
+
+    def test_refused_for_lack_of_tls(self):
+        """X.7.x in the clear, after TLS has failed, is temporary, wherever
+        it is said; all else, and over TLS, is as it is."""
+        no_tls = ASK + 'S: 454 4.7.0 not now\nQ:'
+        words = 'STARTTLS refused: 454 4.7.0 not now'
+        before, after = 'TLS failed: %s\n' % words, \
+            'TLS failed: %s, sent in the clear\n' % words
+        to_data, to_end = TO_DATA[len(TO_MAIL):], TO_END[len(TO_MAIL):]
+
+        def rows(title, said, for_good, tail=True, first=no_tls,
+                 hello=OFFER, **options):
+            said, letter = 'S: %s\n' % said, 'ZD'[for_good]
+            shown = 'Remote host said: ' + said[3:]
+            lines = [before, after] if tail else ['', '']
+
+            def case(step, steps, *reports):
+                script = [first] * bool(first) + [hello + MAIL + steps + said
+                                                  + 'Q:']
+                return row('%s: %s' % (title, step), script, *reports,
+                           **options)
+            return [
+                case('MAIL', '', letter + 'Connected to 127.0.0.1 but sender '
+                     'was rejected.\n' + shown + lines[0]),
+                case('RCPT', 'S: 250 ok\n' + RCPT, 'sh'[for_good]
+                     + '127.0.0.1 does not like recipient.\n' + shown,
+                     letter + 'Giving up on 127.0.0.1.\n' + lines[0]),
+                case('DATA', to_data, 'r', letter + '127.0.0.1 failed on '
+                     'DATA command.\n' + shown + lines[0]),
+                case('end of data', to_end, 'r', letter + '127.0.0.1 failed '
+                     'after I sent the message.\n' + shown + lines[1])]
+        self.play(
+            rows('5.7.3', '550 5.7.3 STARTTLS is required', False)
+            + rows('in brackets', '554 TLS required (#5.7.1)', False)[:2]
+            + rows('5.7.10', '523 5.7.10 Encryption needed', False)[2:]
+            + rows('5.1.1', '550 5.1.1 no such user', True)
+            + rows('no code', '550 no 10.5.7.3 5.7 5.7.x', True)[1:2]
+            + rows('STARTTLS is not offered again', '550 5.7.3 TLS', False,
+                   hello=TO_EHLO + 'S: 250 fake\n')[:2]
+            + rows('notlshosts', '550 5.7.3 TLS', False, False, '', control={
+                'notlshosts/127.0.0.1': b''})[:2]
+            + rows('never offered', '550 5.7.1 spam', True, False, '',
+                   TO_EHLO + 'S: 250 fake\n')[:2])
+        self.play([
+            row('over TLS', over_tls('self', MAIL + 'S: 250 ok\n' + RCPT
+                                     + 'S: 550 5.7.1 spam\nQ:'),
+                'h127.0.0.1 does not like recipient.\n'
+                'Remote host said: 550 5.7.1 spam\n', Like('D')),
+            row('in mid-message', [no_tls, OFFER + MAIL
+                                   + TO_MESSAGE[len(TO_MAIL):] + 'R: 100\n'
+                                   'S: 554 5.7.3 no\nclose'], 'r', Like(
+                'Z127.0.0.1 failed after I sent', '554 5.7.3 no', after),
+                message=BIG)])
 
     def test_deadlines(self):
         """timeoutremote counts for the whole handshake, for each reply and
@@ -11848,12 +12120,12 @@ class Tls(Dialogues):
             self.skipTest('TLS 1.0 is good enough here')
         script = START + 'noTLS: self 1.0'
         self.play([
-            row('opportunistic', [script, IN_CLEAR], 'r', ACCEPTED),
+            row('opportunistic', [script, IN_CLEAR], 'r', in_clear()),
             self.login('with a password', script, Like(TLS_FAILED)),
             row('a cipher list that nobody likes', [
                 START + 'noTLS: self 1.2 '
                 'ciphers=ECDHE-ECDSA-AES256-GCM-SHA384', IN_CLEAR], 'r',
-                ACCEPTED, control={
+                in_clear(), control={
                     'tlsclientciphers': b'ECDHE-ECDSA-AES128-GCM-SHA256'})])
 
     @staticmethod
@@ -12209,7 +12481,14 @@ class Tls(Dialogues):
         why = TLS_FAILED + 'this Python has no ssl module'
         log_in = TO_EHLO + 'S: 250-fake\nS: 250 AUTH PLAIN\n' + self.LOGS_IN
         self.play([
-            case('in the clear', IN_CLEAR, 'r', ACCEPTED, password=False),
+            case('in the clear', IN_CLEAR, 'r',
+                 ACCEPTED + 'TLS failed: this Python has no ssl module, '
+                 'sent in the clear\n', password=False),
+            case('in the clear, refused', OFFER + MAIL
+                 + 'S: 554 5.7.1 no\nQ:', Like(
+                     'ZConnected to 127.0.0.1 but sender was rejected.\n',
+                     'TLS failed: this Python has no ssl module\n'),
+                 password=False),
             case('where TLS is required', OFFER + 'Q:', Like(why),
                  password=False, control={TLSHOSTS: pem('ca').encode()}),
             case('a password, and STARTTLS is offered', OFFER + 'Q:',
