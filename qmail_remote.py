@@ -1,17 +1,25 @@
 #!/bin/sh
+# qmail_remote.py: qmail-remote and qmail-rspawn for qmail, in one file.
 ''':'
+trap 'exit 111' 0
+set -e
 # sh reads these lines, Python takes them for a string.  A child, not exec,
 # and a trap: whatever keeps python3 from starting (it is missing, there is no
-# memory or no process left, this file is damaged) must end as exit 111, a
-# deferral; any other status but 0 bounces the mail.  fd 2 is the reports'
-# pipe, so that a traceback there would bounce it as well.
+# memory or no process left, this file is cut short) must end as exit 111, a
+# deferral; any other status but 0 bounces the mail.  Without set -e, posh does
+# not run the trap after a syntax error.  fd 2 is the pipe of the reports: a
+# traceback there would bounce the mail as well.  exec would redirect it with
+# less, but each sh does something else when exec fails.
 # To compile this file takes Python longer than to deliver a message.  So the
 # few lines for python3 -c run the bytecode in __pycache__ beside the file, if
 # root has put it there and nobody else can change it, and it fits the source
-# and this Python (SourceFileLoader sees to that); otherwise the source.  There
-# is no garbage in bytecode, and 0.1 ms is saved by not looking for it.
-trap 'exit 111' 0
-[ -t 2 ] || exec 2>/dev/null
+# and this Python (SourceFileLoader sees to that); otherwise the source.  Not
+# stat but lstat: a link could lead elsewhere by the time it is read.  The
+# garbage collector would find nothing in bytecode, and take 0.1 ms.  main()
+# does not return: if exec(code) does, the end of the file is missing.
+fd=3
+[ -t 2 ] && fd=2
+{
 LC_ALL=C python3 -ISB -X under_sh -c '
 import gc, posix, sys
 gc.disable()
@@ -19,15 +27,17 @@ from _frozen_importlib_external import SourceFileLoader, cache_from_source
 del sys.argv[0]
 path = sys.argv[0]
 try:
-    link = posix.readlink(path)
-    path = link if link[0] == "/" else path[:path.rfind("/") + 1] + link
+    for _ in range(40):
+        link = posix.readlink(path)
+        path = link if link[0] == "/" else path[:path.rfind("/") + 1] + link
 except OSError:
     pass
 loader = SourceFileLoader("qmail_remote", path)
 try:
     cache = cache_from_source(path)
-    for entry in map(posix.stat, (cache, cache[:cache.rfind("/")])):
-        if entry.st_uid or entry.st_mode & 0o22:
+    for entry, kind in (cache[:cache.rfind("/")], 0o40000), (cache, 0o100000):
+        status = posix.lstat(entry)
+        if status.st_uid or status.st_mode & 0o170022 != kind:
             raise OSError
     code = loader.get_code("qmail_remote")
 except Exception:
@@ -35,7 +45,9 @@ except Exception:
 getattr(gc, "freeze", int)()
 gc.enable()
 exec(code)
+sys.exit(111)
 ' "$0" "$@" && trap - 0 && exit 0
+} 3>/dev/null 2>&$fd 3>&-
 exit 111
 ':'''
 #

@@ -9031,9 +9031,9 @@ class Start(unittest.TestCase):
         py_compile.compile(other, self.cache, doraise=True)
         os.chmod(self.cache, 0o644)
 
-    def check(self, bytecode, file=None):
+    def check(self, bytecode, file=None, command=('sh',)):
         outcome = run_program(
-            None, command=['sh', file or self.file],
+            None, command=list(command) + [file or self.file],
             env={'PATH': self.bin + ':/usr/bin:/bin'})
         self.assertEqual(
             (0, self.MARK if bytecode else qr.USAGE, b''),
@@ -9051,13 +9051,28 @@ class Start(unittest.TestCase):
         self.plant()
         self.check(True)
 
-    def test_through_a_link(self):
+    def test_through_links(self):
+        """And links to links."""
         self.root()
         self.plant()
-        for number, target in enumerate((self.file, '../qmail_remote.py')):
+        for number, target in enumerate((
+                self.file, '../qmail_remote.py', 'link0', '../bin/link2')):
             link = os.path.join(self.bin, 'link%d' % number)
             os.symlink(target, link)
             self.check(True, link)
+
+    def test_bytecode_that_is_a_link(self):
+        """Not trusted: in a directory like /tmp the owner of a link can make
+        it lead elsewhere after it has been looked at."""
+        self.root()
+        self.plant()
+        for path in self.cache, os.path.dirname(self.cache):
+            os.rename(path, path + '.real')
+            os.symlink(path + '.real', path)
+            self.check(False)
+            os.unlink(path)
+            os.rename(path + '.real', path)
+        self.check(True)
 
     def test_bytecode_for_another_source(self):
         self.plant(age=10)
@@ -9090,6 +9105,75 @@ class Start(unittest.TestCase):
             os.chown(self.cache, 0, -1)
             os.chown(os.path.dirname(self.cache), 65534, -1)
             self.check(False)
+
+    def shells(self):
+        """Every sh there is, as commands; not every Debian has oksh."""
+        return [[find_program(command[0])] + command[1:] for command in (
+            ['dash'], ['bash'], ['busybox', 'sh'], ['mksh'], ['ksh93'],
+            ['posh'], ['yash'], ['oksh'])
+            if command != ['oksh'] or shutil.which('oksh')]
+
+    def status(self, command, data, name='copy'):
+        """The exit status of a sh that gets a file with these bytes, or what
+        it prints if that is 0."""
+        path = os.path.join(self.dir, name)
+        with open(path, 'wb') as f:
+            f.write(data)
+        done = subprocess.run(
+            command + [path, HOST, SENDER, RECIPIENTS[0]], timeout=30,
+            env={'PATH': self.bin, 'QMAILHOME': '/nonexistent'},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)
+        return done.returncode or done.stdout
+
+    def test_any_sh(self):
+        """It runs; and what keeps Python from starting, here a word that
+        Python does not know, or a fd 2 that cannot be redirected, ends as
+        111."""
+        with open(PROGRAM, 'rb') as f:
+            whole = f.read()
+        null = whole.index(b'>/dev/null')
+        for command in self.shells():
+            self.check(False, command=command)
+            for broken in (whole.replace(b' -ISB ', b' -ISBz ', 1),
+                           whole[:null] + b'>/dev/null/x' + whole[null + 10:]):
+                self.assertEqual(111, self.status(command, broken), command)
+
+    def test_cut_short(self):
+        """A file that ends early: 111.  Only before the trap is set nobody
+        can tell sh so.  There a cut in a comment is a deferral, too, since
+        nothing is printed; one in the few bytes from the first quote to
+        the end of the trap is not, and is left out here."""
+        with open(PROGRAM, 'rb') as f:
+            whole = f.read()
+        quote, trap = b"''':'\n", b"trap 'exit 111' 0\n"
+        first, last = whole.index(quote), whole.index(b"\n':'''\n")
+        begin = first + len(quote)
+        self.assertTrue(whole.startswith(trap, begin))
+        code, end = whole.index(b"-c '\n") + 4, whole.index(b"\n' \"$0\"")
+        cuts = list(range(0, first, 9)) + [first, begin - 1, begin]
+        at = begin + len(trap) - 1
+        while at <= last + len(b"\n':'''"):
+            cuts.append(at)
+            comment = whole.startswith(
+                b'#', whole.rindex(b'\n', 0, at) + 1)
+            at += 37 if comment or code < at < end - 37 else 1
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            def bad(number, command):
+                """The cuts that end otherwise.  Each sh tries another quarter
+                of those with which Python starts."""
+                return [(command, size) for size in cuts
+                        if (size <= end or (size + number) % 4 == 0) and
+                        self.status(command, whole[:size], str(number)) !=
+                        (111 if size > begin else b'')]
+            shells = self.shells()
+            for found in pool.map(bad, range(len(shells)), shells):
+                self.assertEqual([], found)
+        # Whole statements, and no call of main().
+        ends = [found.start() for found in
+                re.finditer(b'\n\n\n(?:def|class) ', whole)]
+        for size in ends[::len(ends) // 4]:
+            self.assertEqual(111, self.status(['/bin/sh'], whole[:size]))
 
     def test_install(self):
         """make install and uninstall, in a directory of their own."""
