@@ -101,8 +101,15 @@ DESCRIPTION
     and the certificate checked, where control/tlshosts says so, where
     authentic TLSA records do (DANE, RFC 7672, by the name servers 127.0.0.1,
     ::1 or 127.0.0.53, or any with "options trust-ad" in resolv.conf(5)), and
-    on ports 465 and 587 before a password.  After a failure of TLS no
-    password is sent in the clear.
+    before a password on every port but 25 and 26, unless it goes to this
+    host itself (127.0.0.0/8, ::1).  After a failure of TLS no password is
+    sent in the clear.
+
+    A handshake may take a minute, or timeoutremote if that is less.  If it
+    takes longer, or the line dies before the server has answered, it is tried
+    once more with TLS 1.2 at most, for some servers hang when they are offered
+    more.  Where a certificate is checked, TLS 1.2 is the least that is used.
+    Where nothing is checked, any TLS is better than none.
 
     With PIPELINING the whole envelope leaves at once; SIZE, 8BITMIME and
     SMTPUTF8 are used where they are offered.
@@ -233,8 +240,11 @@ REPORTS
 
         No password is sent in the clear after TLS has failed.
         No password is sent to this port without TLS and a certificate that
-            can be verified. To trust this relay, put its certificate, or its
-            CA's, into control/tlshosts/HOST.pem.
+            can be verified.
+        To trust this relay, put its certificate, or its CA's, into
+            control/tlshosts/HOST.pem.
+        Only the certificates in control/tlshosts/HOST.pem are trusted for
+            this server.
 
     Success (K):
 
@@ -355,8 +365,8 @@ CONTROL FILES
     tlshosts/NAME.pem
         Certificates, in PEM form.  The exchanger or relay NAME (in lower
         case; an address for a relay that is given as one) gets mail only
-        over TLS, and only with a certificate for NAME that is in this file
-        or comes from a CA in it.
+        over TLS, and only with a certificate that is in this file, whatever
+        its name and age, or with one for NAME that comes from a CA in it.
 
     notlshosts/NAME
         If the file exists, no TLS with NAME.  tlshosts is stronger.
@@ -366,7 +376,7 @@ CONTROL FILES
         Give it to root, group qmail, mode 0640.
 
     tlsclientciphers
-        The ciphers to use with TLS 1.2, a list for OpenSSL, see
+        The ciphers to use up to TLS 1.2, a list for OpenSSL, see
         ciphers(1).
 
     ../queue/lock/tcpto
@@ -387,9 +397,9 @@ ENVIRONMENT
 SECURITY
     Nothing that an address, a message, a control file or a reply holds can
     become a command.  No program is run.  Passwords are sent to relays that
-    the administrator named, nowhere else.  A relay on port 25 that is not in
-    tlshosts can be made to look as if it had no TLS, or another certificate;
-    use port 587, 465 or tlshosts for a password.
+    the administrator named, nowhere else.  A relay on port 25 or 26 that is
+    not in tlshosts can be made to look as if it had no TLS, or another
+    certificate; use another port or tlshosts for a password.
 
 DIFFERENCES
     From qmail-remote of qmail 1.03:
@@ -477,7 +487,7 @@ class Value:
 
 PORT_SMTP = 25                  # RFC 5321 4.5.4.2
 PORT_SMTPS = 465                # RFC 8314 3.3: TLS from the first byte
-PORTS_PASSWORD = (465, 587)     # no password there without verified TLS
+PORTS_MX = (25, 26)             # elsewhere no password without verified TLS
 TIMEOUT_CONNECT = 60            # qmail-remote.8, timeoutconnect
 TIMEOUT_REMOTE = 1200           # qmail-remote.8, timeoutremote
 TIMEOUT_MAX = 86400             # a day; qmail-send looks more often
@@ -514,6 +524,7 @@ DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
 DNS_TOGETHER = 3 * EXCHANGERS_MAX           # questions in flight
 
 TLS_KEPT = 64                   # contexts, and tickets, of one process
+TLS_HANDSHAKE = 60              # or timeoutremote, if that is less
 
 TCPTO_RECORDS, TCPTO_SIZE = 64, 16          # tcpto.c
 TCPTO_COUNT_MAX = 10
@@ -592,8 +603,11 @@ TLS_FORBIDDEN = b'ZNo password is sent without TLS, but ' \
     b'control/notlshosts/%s\nforbids TLS on port %d. (#4.7.5)\n'
 TLS_CLEAR = b'No password is sent in the clear after TLS has failed.\n'
 TLS_PASSWORD = b'No password is sent to this port without TLS and a ' \
-    b'certificate that can be\nverified. To trust this relay, put its ' \
-    b"certificate, or its CA's, into\ncontrol/tlshosts/%s.pem.\n"
+    b'certificate that can be\nverified.\n'
+TLS_TRUST = b"To trust this relay, put its certificate, or its CA's, into\n" \
+    b'control/tlshosts/%s.pem.\n'
+TLS_FILE = b'Only the certificates in control/tlshosts/%s.pem\n' \
+    b'are trusted for this server.\n'
 TLS_GAVE_UP = b'TLS failed: %s\n'
 TLS_IN_THE_CLEAR = b'TLS failed: %s, sent in the clear\n'
 AUTH_MISSING = b'no supported AUTH method found, continuing without ' \
@@ -649,11 +663,14 @@ class NextServer(Exception):
 class TlsFailed(Exception):
     """TLS did not come about; reason is why (bytes).  anchors: the
     certificates (DER) that a second handshake is to be checked with;
+    certificate: the server's was not good enough; silent: the handshake
+    timed out, or the line died before the server said anything in it;
     resumed: it was to resume a session, and may do better without."""
 
-    def __init__(self, reason, anchors=()):
+    def __init__(self, reason, anchors=(), certificate=False, silent=False):
         Exception.__init__(self, reason)
         self.reason, self.anchors, self.resumed = reason, anchors, False
+        self.certificate, self.silent = certificate, silent
 
 
 class TimedOut(Exception):
@@ -2141,67 +2158,124 @@ class TcpTo:
 
 NO_SSL = b'this Python has no ssl module'
 X509_PARTIAL_CHAIN = 0x80000    # openssl/x509_vfy.h; ssl knows it since 3.10
+OP_LEGACY_SERVER_CONNECT = 4    # openssl/ssl.h; ssl knows it since 3.12
+# Where nothing is checked: what is best first, and then all the rest.
+WEAK_CIPHERS = b'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:ECDHE:' \
+    b'DHE:ALL:!PSK:!SRP:!AESCCM:!ARIA'
 
 
 class TlsPolicy(Value):
     """wanted: try it if it is offered; required: nothing is sent without.
     check: how the certificate is checked, trust with what:
     NOTHING, None; SYSTEM, None (the system's trust store); FILE, PEM bytes;
-    DANE, TLSA records; ANCHORS, certificates in DER."""
+    PINNED, PEM bytes that must hold the server's own certificate, whatever
+    its name and age; DANE, TLSA records; ANCHORS, certificates in DER."""
     __slots__ = ('wanted', 'required', 'check', 'trust')
-    NOTHING, SYSTEM, FILE, DANE, ANCHORS = \
-        'nothing', 'system', 'file', 'dane', 'anchors'
+    NOTHING, SYSTEM, FILE, PINNED, DANE, ANCHORS = \
+        'nothing', 'system', 'file', 'pinned', 'dane', 'anchors'
+    NO_TICKETS = PINNED, DANE, ANCHORS
 
 
-def choose_tls(port, password, tlsa, control):
-    """The TlsPolicy for a server, given its port, whether a password is
-    for it, its TLSA records and its TlsControl.  What the administrator has
-    laid down comes before DNS."""
+def must_verify(server):
+    """Whether a password for this Server needs TLS and a certificate that
+    has been verified.  It does but on the ports where nobody has it yet,
+    and where it cannot leave this host: the near end of a tunnel."""
+    return server.port not in PORTS_MX and server.address != b'::1' and \
+        not server.address.startswith(b'127.')
+
+
+def choose_tls(server, password, control):
+    """The TlsPolicy for a Server, given whether a password is for it and
+    its TlsControl.  What the administrator has laid down comes before DNS,
+    and usable TLSA records before the system's trust store."""
+    verify = password and must_verify(server)
     if control.pem is not None:
         return TlsPolicy(True, True, TlsPolicy.FILE, control.pem)
-    if password and port in PORTS_PASSWORD:
-        return TlsPolicy(not control.never, True, TlsPolicy.SYSTEM, None)
     if control.never:
-        return TlsPolicy(False, False, TlsPolicy.NOTHING, None)
-    if tlsa:
-        usable = [record for record in tlsa if dane_usable(record)]
-        return TlsPolicy(True, True, TlsPolicy.DANE, usable) if usable else \
-            TlsPolicy(True, True, TlsPolicy.NOTHING, None)
-    return TlsPolicy(True, False, TlsPolicy.NOTHING, None)
+        return TlsPolicy(False, verify, TlsPolicy.NOTHING, None)
+    usable = [record for record in server.tlsa if dane_usable(record)]
+    if usable:
+        return TlsPolicy(True, True, TlsPolicy.DANE, usable)
+    if verify:
+        return TlsPolicy(True, True, TlsPolicy.SYSTEM, None)
+    return TlsPolicy(True, bool(server.tlsa), TlsPolicy.NOTHING, None)
 
 
-def second_policy(policy, failed, port, password):
-    """What to try after TlsFailed at the same address: with the anchors
-    that DANE found, or in the clear if nothing speaks against it; None:
-    nothing.  Neither has a second one itself."""
+def last_policy(policy, failed, port, password):
+    """What the last connection to an address may try after TlsFailed: with
+    the anchors that DANE found; whether the certificate is the very one in
+    tlshosts; in the clear if nothing speaks against it.  None: nothing."""
     if failed.anchors:
         return TlsPolicy(True, True, TlsPolicy.ANCHORS, failed.anchors)
+    if failed.certificate and policy.check == TlsPolicy.FILE:
+        return TlsPolicy(True, True, TlsPolicy.PINNED, policy.trust)
     if policy.required or password or port == PORT_SMTPS:
         return None
     return TlsPolicy(False, False, TlsPolicy.NOTHING, None)
 
 
-def tls_hint(policy, port, password, name):
-    """What an administrator can do about failed TLS."""
-    if password and port in PORTS_PASSWORD and \
-            policy.check == TlsPolicy.SYSTEM:
-        return TLS_PASSWORD % name
+def tls_hint(policy, failed, password, name):
+    """What an administrator can do about failed TLS: trust another
+    certificate, but only if it was the certificate that failed."""
+    if policy.check == TlsPolicy.FILE and failed.certificate:
+        return TLS_FILE % name
+    if policy.check == TlsPolicy.SYSTEM:
+        return TLS_PASSWORD + (TLS_TRUST % name if failed.certificate
+                               else b'')
     return TLS_CLEAR if password and not policy.required else b''
 
 
-def tls_context(policy, control):
-    """An SSLContext.  Raises ImportError if this Python has no ssl, and
-    Report if a control file is no good; TlsFailed if a TLSA record is."""
+def limit_protocols(context, weak, tls12):
+    """TLS 1.2 and up, or, if weak, whatever OpenSSL has, and servers that
+    cannot renegotiate securely; tls12: no more than TLS 1.2."""
+    import ssl
+    if weak:
+        context.options |= OP_LEGACY_SERVER_CONNECT
+    if hasattr(context, 'minimum_version'):     # options would be deprecated
+        if weak:
+            context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+        elif context.minimum_version < ssl.TLSVersion.TLSv1_2:
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls12:
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+    else:
+        if not weak:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        if tls12:
+            context.options |= getattr(ssl, 'OP_NO_TLSv1_3', 0)
+
+
+def choose_ciphers(context, weak, ciphers):
+    """Sets the ciphers of a control file, or, if weak, all that there are;
+    and the security level: weak is 0, and nothing else is.  Raises OSError
+    or ValueError."""
+    if not weak and not ciphers:
+        return                  # Python's choice, and the system's level
+    # Without a certificate OpenSSL would have nothing to check.
+    names = (ciphers or WEAK_CIPHERS).decode('ascii') + ':!aNULL:!eNULL'
+    if not weak:
+        context.set_ciphers(names.replace('@SECLEVEL=0', '@SECLEVEL=1'))
+        return
+    try:
+        context.set_ciphers('@SECLEVEL=0:' + names)
+    except OSError:             # LibreSSL, OpenSSL 1.0: they have no levels
+        context.set_ciphers(names)
+
+
+def tls_context(policy, control, tls12=False):
+    """An SSLContext; tls12: for no more than TLS 1.2.  Where nothing is
+    checked, weak TLS is better than none (RFC 7435 section 3).  Raises
+    ImportError if this Python has no ssl, and Report if a control file is
+    no good; TlsFailed if a TLSA record is."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
+    weak = policy.check == TlsPolicy.NOTHING
+    limit_protocols(context, weak, tls12)
     try:
-        if control.ciphers:
-            # Without a certificate OpenSSL would have nothing to check.
-            context.set_ciphers(control.ciphers.decode('ascii') +
-                                ':!aNULL:!eNULL')
+        choose_ciphers(context, weak, control.ciphers)
         if control.cert:        # OpenSSL opens it; there is no other way
             context.load_cert_chain(control.cert.decode('ascii'),
                                     password=lambda: '')
@@ -2210,8 +2284,8 @@ def tls_context(policy, control):
                 cadata=policy.trust.decode('ascii', 'ignore'))
     except (OSError, ValueError):       # SSLError is an OSError
         raise Report(NO_CONTROL)
-    if policy.check in (TlsPolicy.NOTHING, TlsPolicy.DANE):
-        return context
+    if policy.check in (TlsPolicy.NOTHING, TlsPolicy.PINNED, TlsPolicy.DANE):
+        return context          # Session.judge() has a look at the others
     if policy.check == TlsPolicy.SYSTEM:
         context.set_default_verify_paths()
     else:
@@ -2233,21 +2307,27 @@ class TlsContexts:
     kept, and tickets (ssl.SSLSession) to resume sessions of theirs with, by
     context, address, port and name.  What a resumed session proves is what
     the first one proved, so DANE, whose records may have changed, does
-    without."""
+    without.  tls12: the addresses that get no more than TLS 1.2."""
 
     def __init__(self):
-        self.kept, self.tickets = {}, {}
+        self.kept, self.tickets, self.tls12 = {}, {}, set()
 
-    def __call__(self, policy, control):
+    def __call__(self, policy, control, tls12=False):
         """As tls_context()."""
-        if policy.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
-            return tls_context(policy, control)
-        key = policy.check, policy.trust, control.cert, control.ciphers
+        if policy.check in TlsPolicy.NO_TICKETS:
+            return tls_context(policy, control, tls12)
+        key = policy.check, policy.trust, control.cert, control.ciphers, tls12
         if key not in self.kept:
             if len(self.kept) >= TLS_KEPT:
                 self.kept, self.tickets = {}, {}
-            self.kept[key] = tls_context(policy, control)
+            self.kept[key] = tls_context(policy, control, tls12)
         return self.kept[key]
+
+    def hung(self, address):
+        """This server may have choked on the hello of TLS 1.3."""
+        if len(self.tls12) >= TLS_KEPT:
+            self.tls12.clear()
+        self.tls12.add(address)
 
     def keep(self, key, session):
         """Keeps the ticket of a session that went well, if it has one."""
@@ -2425,7 +2505,8 @@ class TlsLayer:
         except self.want:
             return False
         except (OSError, ValueError) as error:  # SSLError, CertificateError
-            raise TlsFailed(tls_reason(error))
+            raise TlsFailed(tls_reason(error),
+                            certificate=is_verification_error(error))
 
     def encrypt(self, data):
         """True, or False if more has to come in first (renegotiation)."""
@@ -2468,6 +2549,13 @@ class TlsLayer:
         """Protocol and cipher, for the report."""
         return '{}, {}'.format(self.connection.version(),
                                self.connection.cipher()[0]).encode()
+
+
+def is_verification_error(error):
+    """Whether it is the server's certificate that is not good enough."""
+    import ssl
+    return isinstance(error, ssl.CertificateError) or \
+        getattr(error, 'reason', None) == 'CERTIFICATE_VERIFY_FAILED'
 
 
 def tls_reason(error):
@@ -2586,18 +2674,18 @@ class Line:
         try:
             closed = self.heard()
         except Lost as lost:
-            raise TlsFailed(lost.note)
+            raise TlsFailed(lost.note, silent=True)
         if self.input:
             raise Lost(b'spoke in the clear before the TLS handshake')
         if closed:
-            raise TlsFailed(b'connection closed')
+            raise TlsFailed(b'connection closed', silent=True)
         try:
             tls = TlsLayer(context, name, session)
             deadline = self.clock() + seconds
         except (OSError, ValueError) as error:
             raise TlsFailed(tls_reason(error))
+        done = answered = False
         try:
-            done = False
             while not done:
                 try:
                     done = tls.handshake()
@@ -2607,13 +2695,15 @@ class Line:
                 self._push(tls.output(), deadline)
                 if not done:
                     tls.incoming.write(self._receive(deadline))
+                    answered = True
             judge(tls)
             # What came with the last bytes of the handshake is encrypted;
             # nonsense in it would make OpenSSL forget the certificate.
             plain, self.ended = tls.decrypt()
             self.input += plain
         except Lost as lost:
-            raise TlsFailed(lost.note)
+            raise TlsFailed(lost.note, silent=not answered or
+                            self.clock() >= deadline)
         self.tls = tls
 
     def send(self, data, seconds, stop_on_input=False, take_input=False):
@@ -3178,7 +3268,7 @@ class Session:
         except TlsFailed as failed:
             if self.ticket is not None:
                 failed.resumed = self.tickets.tickets.pop(
-                    self.ticket, None) is not None
+                    self.ticket, None) is not None and not failed.certificate
             raise
         except Report as report:
             late = DIED_LATE % self.address
@@ -3354,14 +3444,16 @@ class Session:
         name = self.server.name
         if self.tls.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             name = self.server.tlsa_name
-        elif canonical(name) and self.tls.check == TlsPolicy.NOTHING:
+        elif canonical(name) and self.tls.check in (TlsPolicy.NOTHING,
+                                                    TlsPolicy.PINNED):
             name = None                     # RFC 6066 3: no address in SNI
         ticket = None
-        if self.tickets is not None and self.tls.check not in (
-                TlsPolicy.DANE, TlsPolicy.ANCHORS):
+        if self.tickets is not None and \
+                self.tls.check not in TlsPolicy.NO_TICKETS:
             self.ticket = context, self.address, self.server.port, name
             ticket = self.tickets.tickets.get(self.ticket)
-        self.line.start_tls(context, name, self.timeout, self.judge, ticket)
+        self.line.start_tls(context, name, min(self.timeout, TLS_HANDSHAKE),
+                            self.judge, ticket)
 
     def judge(self, layer):
         """The check of the certificate, as far as OpenSSL leaves it to us,
@@ -3372,9 +3464,12 @@ class Session:
             checked = b'certificate not checked'
         elif check == TlsPolicy.DANE:
             dane_check(self.tls.trust, shown_chain(connection))
-        elif check == TlsPolicy.FILE and connection.getpeercert(True) in \
-                pem_certificates(self.tls.trust):
-            checked = b'pinned'
+        elif check in (TlsPolicy.FILE, TlsPolicy.PINNED):
+            if connection.getpeercert(True) in \
+                    pem_certificates(self.tls.trust):
+                checked = b'pinned'
+            elif check == TlsPolicy.PINNED:
+                raise TlsFailed(b'certificate not in tlshosts')
         if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
         self.tail = layer.facts() + b', ' + checked + b'\n'
@@ -3531,6 +3626,10 @@ class Session:
             if self.lacking:
                 self.unauthenticated = AUTH_LACKING % self.lacking
             return
+        if must_verify(self.server) and (
+                self.line.tls is None or
+                self.tls.check == TlsPolicy.NOTHING):
+            raise Report(NO_RESOURCES)          # never: see choose_tls()
         methods = [(b'PLAIN', self.auth_plain), (b'LOGIN', self.auth_login)]
         # Over TLS the plain methods come first: they do not need the server
         # to keep the password in the clear.
@@ -3718,47 +3817,72 @@ def try_servers(servers, attempt, screen=NOBODY):
 
 
 def try_server(server, route, envelope, control, world):
-    """One server's Report; raises NextServer.  A second connection is made
-    only if TLS failed on the first: in the clear where that may be, or with
-    the certificates that DANE found; and before that, once more without the
-    session that the first was to resume."""
+    """One server's Report; raises NextServer."""
     password = route.credentials is not None
     tls_control = world.tls_control(server.name)
     if server.tlsa is None and tls_control.pem is None and \
             not tls_control.never:
         raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed',
                          reached=False)
-    tls = choose_tls(server.port, password, server.tlsa, tls_control)
+    tls = choose_tls(server, password, tls_control)
     if tls.required and not tls.wanted:
         raise NextServer(TLS_FORBIDDEN % (server.name, server.port),
                          b'TLS forbidden by control/notlshosts')
-    failure, reason = None, b''
-    while True:
+
+    def attempt(policy, tls12, before=None):
+        """The Report of one connection; raises NextServer and TlsFailed.
+        before: the TlsFailed of the connection before it."""
         try:
             line = open_line(server, control, world)
         except NextServer as unreached:
-            unreached.reached = failure is not None
+            unreached.reached = before is not None
             raise
-        session = Session(
-            line, server, control, envelope,
-            route.credentials, world.message, tls,
-            lambda policy: world.tls_context(policy, tls_control),
-            world.screen, world.tickets, route.lacking, reason)
         try:
-            return session.run()
+            return Session(
+                line, server, control, envelope, route.credentials,
+                world.message, policy,
+                lambda policy: world.tls_context(policy, tls_control, tls12),
+                world.screen, world.tickets, route.lacking,
+                before.reason if before and not policy.wanted else b'').run()
+        except TlsFailed as failed:
+            world.screen.say(Screen.REMARK, b'TLS failed: ' + failed.reason)
+            if failed.silent and world.tickets is not None:
+                world.tickets.hung(server.address)
+            raise
+    try:
+        return try_connections(server, tls, password, attempt, world.tickets)
+    except TlsFailed as failed:
+        raise NextServer(
+            TLS_FAILED % (server.address, failed.reason) +
+            tls_hint(tls, failed, password, server.name),
+            b'TLS failed: ' + failed.reason)
+
+
+def try_connections(server, tls, password, attempt, contexts):
+    """The Report of the first connection to one address that attempt() gets
+    one from.  There are two at most, three after a handshake that hung: the
+    server may choke on a large hello, so that the next one is for TLS 1.2.
+    contexts: TlsContexts, or None.  Raises NextServer, and TlsFailed."""
+    tls12 = contexts is not None and server.address in contexts.tls12
+    try:
+        return attempt(tls, tls12)
+    except TlsFailed as failed:
+        failure = failed
+    if failure.silent and not tls12:
+        tls12 = True
+        try:
+            return attempt(tls, tls12, failure)
         except TlsFailed as failed:
             failure = failed
-        if failure.resumed:     # its ticket is gone, so this happens once
-            continue
-        world.screen.say(Screen.REMARK, b'TLS failed: ' + failure.reason)
-        hint = tls_hint(tls, server.port, password, server.name)
-        tls = second_policy(tls, failure, server.port, password)
-        if tls and not tls.wanted:
-            reason = failure.reason
-        if tls is None:
-            raise NextServer(
-                TLS_FAILED % (server.address, failure.reason) + hint,
-                b'TLS failed: ' + failure.reason)
+    elif failure.resumed:       # without the ticket, which is gone
+        return attempt(tls, tls12, failure)
+    last = last_policy(tls, failure, server.port, password)
+    if last is None:
+        raise failure
+    try:
+        return attempt(last, tls12, failure)
+    except TlsFailed as failed:
+        raise failure if last.check == TlsPolicy.PINNED else failed
 
 
 def open_line(server, control, world):

@@ -958,6 +958,21 @@ def tls_server(text):
     return context, wanted
 
 
+def offers_tls13(hello):
+    """Whether a ClientHello, one record, has TLS 1.3 among its versions
+    (RFC 8446 4.1.2, 4.2.1)."""
+    at = 5 + 4 + 2 + 32                     # headers, version, random
+    at += 1 + hello[at]                     # session
+    at += 2 + int.from_bytes(hello[at:at + 2], 'big')   # ciphers
+    at += 1 + hello[at] + 2                 # compression; extensions
+    while at < len(hello):
+        kind, size = struct.unpack_from('>HH', hello, at)
+        if kind == 43:
+            return b'\3\4' in hello[at + 5:at + 4 + size]
+        at += 4 + size
+    return False
+
+
 class FakeTLS(FakeSMTP):
     """A FakeSMTP that knows TLS.  More lines for its script:
 
@@ -968,6 +983,8 @@ class FakeTLS(FakeSMTP):
                         name that the client must ask for; - for none), `-`
                         (nothing: another context, with other ticket keys)
       noTLS: the same   the same, but the client has to break it off
+      old: the same     the same as TLS:, but it hangs if TLS 1.3 is offered,
+                        as servers do at the large hello that comes with it
       half: the same    sends half of its first flight, and closes
       bye               end of TLS (close_notify) and of the connection
       drop              read what comes until the end of the stream, in
@@ -1034,9 +1051,10 @@ class FakeTLS(FakeSMTP):
         return asked, wanted, incoming, outgoing, context.wrap_bio(
             incoming, outgoing, server_side=True)
 
-    def _handshake(self, text):
+    def _handshake(self, text, hello=b''):
         """The error that it ends with, or None."""
         asked, wanted, incoming, outgoing, connection = self._begin(text)
+        incoming.write(hello)
         self.transcript.append('-- TLS with ' + text)
         self._layer = self._sock, connection, incoming, outgoing
         while True:
@@ -1059,6 +1077,14 @@ class FakeTLS(FakeSMTP):
 
     def _do_TLS(self, text):
         error = self._handshake(text)
+        if error:
+            raise Mismatch('TLS failed: ' + error)
+
+    def _do_old(self, text):
+        hello = super()._receive()
+        if offers_tls13(hello):
+            self._do_hang('')
+        error = self._handshake(text, hello)
         if error:
             raise Mismatch('TLS failed: ' + error)
 
@@ -11304,14 +11330,19 @@ KNOWN_KEYS.update(dict.fromkeys(('expired', 'below', 'other', 'client'),
 CHAINS = qr.can_show_chain()        # this Python shows what a server shows
 
 PEM_FILE = pem('ca').encode()
-NOTHING, SYSTEM, FILE, DANE, ANCHORS = [
+NOTHING, SYSTEM, FILE, PINNED, DANE, ANCHORS = [
     getattr(qr.TlsPolicy, name)
-    for name in ('NOTHING', 'SYSTEM', 'FILE', 'DANE', 'ANCHORS')]
+    for name in ('NOTHING', 'SYSTEM', 'FILE', 'PINNED', 'DANE', 'ANCHORS')]
 IF_OFFERED = qr.TlsPolicy(True, False, NOTHING, None)
 UNCHECKED = qr.TlsPolicy(True, True, NOTHING, None)
 BY_SYSTEM = qr.TlsPolicy(True, True, SYSTEM, None)
 BY_FILE = qr.TlsPolicy(True, True, FILE, PEM_FILE)
 IN_THE_CLEAR = qr.TlsPolicy(False, False, NOTHING, None)
+
+
+def server_at(address, port, records=()):
+    """A Server with these TLSA records."""
+    return qr.Server(address, port, b'relay.example', records, None)
 
 
 class TlsTables(Tables):
@@ -11332,68 +11363,109 @@ class TlsTables(Tables):
                 (b'\2\xc3\xbc\0', None), (b'\x03a*b\0', None)]:
             self.check(text, qr.host_name, name)
 
+    def test_must_verify(self):
+        """A password needs verified TLS everywhere but on ports 25 and 26,
+        and to this host itself."""
+        for address, ports, want in [
+                (b'192.0.2.1', (25, 26), False),
+                (b'192.0.2.1', (24, 27, 465, 587, 2525, 65535), True),
+                (b'2001:db8::1', (587,), True), (b'2001:db8::1', (25,), False),
+                (b'127.0.0.1', (465, 587, 2525), False),
+                (b'127.255.0.9', (2525,), False), (b'::1', (2525,), False),
+                (b'128.0.0.1', (2525,), True), (b'12.7.0.1', (2525,), True),
+                (b'::127', (2525,), True), (b'0.0.0.0', (2525,), True),
+                (b'::', (2525,), True), (b'1::1', (2525,), True)]:
+            for port in ports:
+                self.check(want, qr.must_verify, server_at(address, port))
+
     def test_choose_tls(self):
         right = (3, 1, 1, bytes(32))
         useless = (0, 0, 1, bytes(32))
         by_dane = qr.TlsPolicy(True, True, DANE, [right])
-        never = qr.TlsPolicy(False, True, SYSTEM, None)
+        never = qr.TlsPolicy(False, True, NOTHING, None)
         for port, password, records, pem_data, forbidden, policy in [
                 # port, password, TLSA, tlshosts, notlshosts
                 (25, False, [], None, False, IF_OFFERED),
                 (25, True, [], None, False, IF_OFFERED),
+                (26, True, [], None, False, IF_OFFERED),
                 (587, False, [], None, False, IF_OFFERED),
                 (465, False, [], None, False, IF_OFFERED),
                 (587, True, [], None, False, BY_SYSTEM),
                 (465, True, [], None, False, BY_SYSTEM),
+                (2525, True, [], None, False, BY_SYSTEM),
+                (27, True, [], None, False, BY_SYSTEM),
                 (25, False, [], PEM_FILE, False, BY_FILE),
                 (25, True, [], PEM_FILE, True, BY_FILE),
                 (587, True, [], PEM_FILE, False, BY_FILE),
                 (465, True, [], PEM_FILE, True, BY_FILE),
                 (25, False, [right], PEM_FILE, True, BY_FILE),
+                (25, False, None, PEM_FILE, True, BY_FILE),
                 (25, False, [], None, True, IN_THE_CLEAR),
                 (25, True, [], None, True, IN_THE_CLEAR),
                 (25, False, [right], None, True, IN_THE_CLEAR),
+                (25, False, None, None, True, IN_THE_CLEAR),
                 (587, True, [], None, True, never),
                 (465, True, [], None, True, never),
+                (2525, True, [right], None, True, never),
                 (25, False, [right], None, False, by_dane),
                 (25, False, [useless, right], None, False, by_dane),
-                (25, False, [useless], None, False, UNCHECKED)]:
-            self.check(policy, qr.choose_tls, port, password, records,
-                       qr.TlsControl(pem_data, forbidden, None, b''))
+                (25, False, [useless], None, False, UNCHECKED),
+                # TLSA records decide alone, but only where they can.
+                (587, True, [right], None, False, by_dane),
+                (587, True, [useless], None, False, BY_SYSTEM)]:
+            self.check(policy, qr.choose_tls, server_at(
+                b'192.0.2.1', port, records), password,
+                qr.TlsControl(pem_data, forbidden, None, b''))
+        for port in (465, 2525):        # it does not leave this host
+            self.check(IF_OFFERED, qr.choose_tls, server_at(
+                b'127.0.0.1', port), True,
+                qr.TlsControl(None, False, None, b''))
 
     def test_an_empty_file_is_no_absent_file(self):
         policy = qr.TlsPolicy(True, True, FILE, b'')
-        self.check(policy, qr.choose_tls, 25, False, [],
+        self.check(policy, qr.choose_tls, server_at(b'192.0.2.1', 25), False,
                    qr.TlsControl(b'', False, None, b''))
 
-    def test_second_policy(self):
-        failed = qr.TlsFailed(b'no')
+    def test_last_policy(self):
+        failed, bad = qr.TlsFailed(b'no'), qr.TlsFailed(b'no', (), True)
         found = qr.TlsFailed(b'no', [b'certificate'])
         by_anchors = qr.TlsPolicy(True, True, ANCHORS, [b'certificate'])
         by_dane = qr.TlsPolicy(True, True, DANE, [])
-        for policy, error, port, password, second in [
+        by_pin = qr.TlsPolicy(True, True, PINNED, PEM_FILE)
+        for policy, error, port, password, last in [
                 (IF_OFFERED, failed, 25, False, IN_THE_CLEAR),
                 (IF_OFFERED, failed, 587, False, IN_THE_CLEAR),
                 (IF_OFFERED, failed, 465, False, None),
                 (IF_OFFERED, failed, 25, True, None),
                 (UNCHECKED, failed, 25, False, None),
                 (BY_FILE, failed, 25, False, None),
+                (BY_FILE, bad, 25, False, by_pin),
                 (BY_SYSTEM, failed, 587, True, None),
+                (BY_SYSTEM, bad, 587, True, None),
                 (by_dane, failed, 25, False, None),
-                (by_dane, found, 25, False, by_anchors),
-                (by_anchors, failed, 25, False, None)]:
-            self.check(second, qr.second_policy, policy, error, port,
-                       password)
+                (by_dane, found, 25, False, by_anchors)]:
+            self.check(last, qr.last_policy, policy, error, port, password)
 
     def test_hint(self):
-        """What the report tells an administrator to do."""
-        for policy, port, password, words in [
-                (BY_SYSTEM, 587, True, b'control/tlshosts/relay.example.pem'),
-                (BY_SYSTEM, 465, True, b'control/tlshosts/relay.example.pem'),
-                (IF_OFFERED, 25, True, b'No password is sent in the clear'),
-                (IF_OFFERED, 25, False, b''), (UNCHECKED, 25, False, b'')]:
-            hint = qr.tls_hint(policy, port, password, b'relay.example')
-            self.assertEqual((words in hint, bool(hint)), (True, bool(words)))
+        """What the report tells an administrator to do: to trust another
+        certificate, only if that is what it takes."""
+        bad, failed = qr.TlsFailed(b'no', (), True), qr.TlsFailed(b'no')
+        password = (b'No password is sent to this port without TLS and a '
+                    b'certificate that can be\nverified.\n')
+        clear = b'No password is sent in the clear after TLS has failed.\n'
+        trust = (b"To trust this relay, put its certificate, or its CA's, "
+                 b'into\ncontrol/tlshosts/relay.example.pem.\n')
+        only = (b'Only the certificates in control/tlshosts/relay.example.pem'
+                b'\nare trusted for this server.\n')
+        for policy, error, secret, hint in [
+                (BY_SYSTEM, bad, True, password + trust),
+                (BY_SYSTEM, failed, True, password),
+                (BY_FILE, bad, True, only), (BY_FILE, bad, False, only),
+                (BY_FILE, failed, True, b''), (UNCHECKED, failed, True, b''),
+                (IF_OFFERED, failed, True, clear),
+                (IF_OFFERED, failed, False, b'')]:
+            self.check(hint, qr.tls_hint, policy, error, secret,
+                       b'relay.example')
 
     def test_der_item(self):
         for data, item in [
@@ -11790,6 +11862,45 @@ class TlsLines(unittest.TestCase):
                 self.assertEqual(reason, caught.exception.reason)
             self.assertIsNone(line.tls)
 
+    def test_the_clock_of_the_handshake(self):
+        """A minute, or timeoutremote if that is less; and whether silence
+        may have been the reason."""
+        for timeout, most in ((1200, 60), (61, 60), (60, 60), (5, 5)):
+            clock = VirtualClock(step=1)
+            sock = OddSocket(itertools.repeat(9999), itertools.repeat(b''))
+            sock.close = lambda: None
+            session = qr.Session(
+                qr.Line(sock, clock.at_once, clock),
+                server_at(b'127.0.0.1', 465),
+                control_files(timeoutremote=timeout), None, None, None,
+                IF_OFFERED, lambda policy: qr.tls_context(
+                    policy, qr.TlsControl(None, False, None, b'')))
+            start = clock()
+            with self.subTest(timeout), \
+                    self.assertRaises(qr.TlsFailed) as caught:
+                session.run()
+            self.assertEqual((b'timed out', True, most), (
+                caught.exception.reason, caught.exception.silent,
+                clock() - start))
+
+    def test_a_handshake_that_dies(self):
+        """Silent only if nothing came in."""
+        gone = OSError(errno.ECONNRESET, '')
+        for events, silent in (
+                ([BlockingIOError(), b''], True), ([b''], True),
+                ([gone], True), ([BlockingIOError(), gone], True),
+                ([BlockingIOError(), b'\x16\3\3', b''], False),
+                ([BlockingIOError(), b'\x16', gone], False),
+                ([BlockingIOError(), b'what?what?'], False)):
+            line = self.line(Scripted(events))
+            line.tls = None
+            with self.subTest(repr(events)), \
+                    self.assertRaises(qr.TlsFailed) as caught:
+                line.start_tls(qr.tls_context(IF_OFFERED, qr.TlsControl(
+                    None, False, None, b'')), None, 5)
+            self.assertEqual((silent, False), (
+                caught.exception.silent, caught.exception.certificate))
+
     def test_a_greeting_with_the_handshake(self):
         """In TLS 1.2 it can come with the last bytes of the handshake, in
         TLS 1.3 soon after."""
@@ -11909,7 +12020,8 @@ class TlsDamage(unittest.TestCase):
 # ------------------------------------------------------------ TLS: dialogues
 
 # Runs the program as a process, but in a world where every server listens on
-# the port in control/port: so that ports 465 and 25 need no privilege.
+# the port in control/port: so that ports 465 and 25 need no privilege; and
+# where 192.0.2.x is 127.0.0.x, so that a server can be another host.
 ELSEWHERE = '''
 import os, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
@@ -11922,7 +12034,7 @@ try:
     world = qr.real_world(
         control, qr.Message(0, False, control.timeoutremote))
     world.connect = lambda address, _, seconds: qr.connect(
-        address, port, seconds)
+        address.replace(b'192.0.2.', b'127.0.0.'), port, seconds)
     report = qr.deliver(words[0], words[1], words[2:], control, world)
 except qr.Report as early:
     report = early
@@ -11985,8 +12097,15 @@ IN_CLEAR = OFFER + FROM_MAIL
 
 TLS_FAILED = 'ZConnected to 127.0.0.1 but TLS failed: '
 RELAY = {('relay.example', 'A'): ['127.0.0.1']}
+# As RELAY, another host: see ELSEWHERE.
+THERE = '192.0.2.1'
+RELAY_THERE = {('relay.example', 'A'): [THERE]}
+FAILED_THERE = TLS_FAILED.replace(IP, THERE)
+NEEDS_TLS = ('No password is sent to this port without TLS and a certificate '
+             'that can be\nverified.\n')
 TLSHOSTS = 'tlshosts/relay.example.pem'
 WAY_OUT = 'control/' + TLSHOSTS
+ONLY_FILE = 'Only the certificates in ' + WAY_OUT
 
 
 def over_tls(certificates, rest=FROM_MAIL):
@@ -12078,7 +12197,8 @@ class Tls(Dialogues):
                 'self', MAIL + TO_END[len(TO_MAIL):] + 'close'), 'r',
                 Like(TWICE + 'TLSv1.'))])
 
-    # How TLS fails, in words for the server that offers it.
+    # How TLS fails, in words for the server that offers it.  A list: it is
+    # called twice, the second time with TLS 1.2 at most.
     FAILURES = [
         ('454', ASK + 'S: 454 not now\nQ:', 'STARTTLS refused: 454 not now'),
         ('5xx', ASK + 'S: 554 no\nQ:', 'STARTTLS refused: 554 no'),
@@ -12086,9 +12206,9 @@ class Tls(Dialogues):
         ('250', ASK + 'S: 250 ok\nQ:', 'STARTTLS refused: 250'),
         ('garbage', START + 'R: 5\nS: 500 what is that?\ndrop', ''),
         ('half a handshake', START + 'half: self', 'connection closed'),
-        ('closed in the handshake', START + 'R: 5\nclose', ''),
-        ('closed after 220', START + 'close', ''),
-        ('reset after 220', START + 'reset', ''),
+        ('closed in the handshake', [START + 'R: 5\nclose'] * 2, ''),
+        ('closed after 220', [START + 'close'] * 2, ''),
+        ('reset after 220', [START + 'reset'] * 2, ''),
         ('closed instead of 220', ASK + 'close', ''),
         ('a client certificate is wanted', START + 'noTLS: self client', ''),
         ('a client certificate is wanted, TLS 1.2',
@@ -12100,8 +12220,9 @@ class Tls(Dialogues):
         the same address, in the clear; but with a password nothing, and
         nothing of it is sent; and where TLS is required nothing, too."""
         control = options.pop('control', {})
+        script = [script] if isinstance(script, str) else script
         return [
-            row(title, [script, IN_CLEAR], 'r', in_clear(words),
+            row(title, script + [IN_CLEAR], 'r', in_clear(words),
                 control=control, **options),
             self.login(title + ', with a password', script, Like(
                 TLS_FAILED + words, 'No password is sent in the clear'),
@@ -12168,22 +12289,22 @@ class Tls(Dialogues):
                 message=BIG)])
 
     def test_deadlines(self):
-        """timeoutremote counts for the whole handshake, for each reply and
-        for each part of the message."""
+        """timeoutremote counts for the whole handshake, if it is less than a
+        minute, for each reply and for each part of the message."""
         def case(title, script, *reports, **options):
             return self.relay(title, script, *reports, **dict(
                 options, within=6, control=dict(self.SHORT, **{
                     TLSHOSTS: pem('ca').encode()})))
         to_message = MAIL + TO_MESSAGE[len(TO_MAIL):]
-        rows = self.after('silence in the handshake', START + 'hang',
+        rows = self.after('silence in the handshake', [START + 'hang'] * 2,
                           'timed out', control=self.SHORT, within=6)
-        rows += self.after('a dripping handshake', START + 'R: 5\n'
-                           'drip: \x16\x03\x03\0p' + 'x' * 100,
+        rows += self.after('a dripping handshake', [
+            START + 'R: 5\ndrip: \x16\x03\x03\0p' + 'x' * 100] * 2,
                            'timed out', control=self.SHORT, within=6)
         rows += [
-            self.login('silence on port 465', 'hang', Like(
-                TLS_FAILED, WAY_OUT), port=465, store='ca', within=6,
-                control=self.SHORT),
+            self.login('silence on port 465', ['hang', 'hang'], FAILED_THERE
+                       + 'timed out. (#4.7.5)\n' + NEEDS_TLS, port=465,
+                       store='ca', within=6, control=self.SHORT),
             case('silence after TLS', START + 'TLS: relay\n' + EHLO_AGAIN
                  + 'hang', Like('ZConnected to ' + IP)),
             case('a reply without end', over_tls(
@@ -12193,6 +12314,52 @@ class Tls(Dialogues):
                 'relay', to_message + 'R: 100\nstall'), 'r', Like(DIED),
                 message=BIG)]
         self.play(rows, workers=12)
+
+    @unittest.skipUnless(getattr(ssl, 'HAS_TLSv1_3', False), 'no TLS 1.3')
+    def test_a_server_that_hangs_on_a_large_hello(self):
+        """Once more with TLS 1.2 at most and the same checks; only then, if
+        at all, in the clear."""
+        hangs = START + 'old: self'
+        logs_in = EHLO_AGAIN + self.OFFERS + self.LOGS_IN
+
+        def over_old_tls(certificates):
+            return over_tls(certificates).replace('TLS:', 'old:')
+
+        def old(checked, address=IP):
+            return Like(ACCEPTED.replace(IP, address) + 'TLSv1.2, ',
+                        ', %s\n' % checked)
+        self.play([
+            row('opportunistic', [hangs, over_old_tls('self')], 'r',
+                old('certificate not checked'), control=self.SHORT),
+            row('in the clear at last', [hangs, START + 'half: self',
+                                         IN_CLEAR], 'r', in_clear(
+                    'connection closed'),
+                control=self.SHORT),
+            self.relay('tlshosts', [hangs, over_old_tls('relay')], 'r',
+                       old('verified'), control=dict(self.SHORT, **{
+                           TLSHOSTS: pem('ca').encode()})),
+            self.relay('tlshosts, pinned', [
+                hangs, START + 'noTLS: other', over_old_tls('other')], 'r',
+                old('pinned'), control=dict(self.SHORT, **{
+                    TLSHOSTS: pem('other').encode()})),
+            self.relay('tlshosts, another certificate', [
+                hangs, START + 'noTLS: self', START + 'old: self\nQ:'],
+                Like(TLS_FAILED, ONLY_FILE), control=dict(self.SHORT, **{
+                    TLSHOSTS: pem('ca').encode()})),
+            self.login('a password', [hangs, START + 'old: relay\n'
+                                      + logs_in], 'r', old('verified', THERE),
+                       port=587, store='ca', control=self.SHORT),
+            self.login('a password, another certificate', [
+                hangs, START + 'noTLS: self'], Like(
+                    FAILED_THERE, NEEDS_TLS, WAY_OUT), port=587, store='ca',
+                control=self.SHORT),
+            row('DANE', {'127.0.0.2': [hangs, over_old_tls('relay')]}, 'r',
+                old('DANE', '127.0.0.2'), **signed(
+                    [tlsa(3, 1, 1, 'relay')], control=self.SHORT)),
+            row('DANE, an issuer', {'127.0.0.2': [
+                hangs, START + 'old: relay+ca\nQ:',
+                over_old_tls('relay+ca')]}, 'r', old('DANE', '127.0.0.2'),
+                **signed([tlsa(2, 0, 0, 'ca')], control=self.SHORT))])
 
     def test_old_protocols(self):
         """TLS 1.0 alone, where OpenSSL has it, but not for us."""
@@ -12274,8 +12441,16 @@ class Tls(Dialogues):
             options['control'] = {TLSHOSTS: trusted if isinstance(
                 trusted, bytes) else pem(trusted).encode()}
             if checked is None:
-                return self.relay(title, START + 'noTLS: ' + certificates,
-                                  Like(TLS_FAILED, *words), **options)
+                # Once more, to see whether it is the very certificate.
+                return self.relay(title, [
+                    START + 'noTLS: ' + certificates,
+                    START + 'TLS: ' + certificates + '\nQ:'], Like(
+                        TLS_FAILED, ONLY_FILE, *words), **options)
+            if checked == 'odd':
+                return self.relay(title, [
+                    START + 'noTLS: ' + certificates,
+                    over_tls(certificates)], 'r', accepted('pinned'),
+                    **options)
             return self.relay(title, over_tls(certificates), 'r',
                               accepted(checked), **options)
         self.play([
@@ -12293,7 +12468,9 @@ class Tls(Dialogues):
             case('another name', 'other', 'ca', None,
                  words=['relay.example']),
             case('expired', 'expired', 'ca', None),
-            case('expired, and pinned', 'expired', 'expired', None),
+            case('expired, and pinned', 'expired', 'expired', 'odd'),
+            case('of another name, and pinned', 'other', 'ca+other', 'odd'),
+            case('without a name, and pinned', 'client', 'client', 'odd'),
             case('another certificate of the same key', 'relay', 'expired',
                  None),
             case('the CA in the middle not shown', 'below', 'ca', None)])
@@ -12318,9 +12495,14 @@ class Tls(Dialogues):
             row('by address', over_tls('relay'), 'r', accepted('verified'),
                 control=dict(to_address, **{
                     'tlshosts/127.0.0.1.pem': pem('ca').encode()})),
-            row('another address', START + 'noTLS: self',
+            row('another address', [START + 'noTLS: self',
+                                    START + 'TLS: self\nQ:'],
                 Like(TLS_FAILED), control=dict(to_address, **{
                     'tlshosts/127.0.0.1.pem': pem('ca').encode()})),
+            row('by address, pinned', [START + 'noTLS: other',
+                                       over_tls('other name=-')], 'r',
+                accepted('pinned'), control=dict(to_address, **{
+                    'tlshosts/127.0.0.1.pem': pem('other').encode()})),
             row('an exchanger', {'127.0.0.2': over_tls('relay')}, 'r',
                 accepted('verified', '127.0.0.2'), control={
                     'tlshosts/mx1.there.example.pem': pem('ca').encode()}),
@@ -12328,8 +12510,9 @@ class Tls(Dialogues):
                 '127.0.0.2': over_tls('self')}, 'r',
                 accepted('certificate not checked', '127.0.0.2'), control={
                     'tlshosts/there.example.pem': pem('ca').encode()}),
-            row('the next exchanger', {'127.0.0.2': START + 'noTLS: self',
-                                       '127.0.0.3': ACCEPT}, 'r',
+            row('the next exchanger', {'127.0.0.2': [
+                START + 'noTLS: self', START + 'TLS: self\nQ:'],
+                '127.0.0.3': ACCEPT}, 'r',
                 Like('K127.0.0.3 accepted', '127.0.0.2: TLS failed'),
                 control={
                     'tlshosts/mx1.there.example.pem': pem('ca').encode()})])
@@ -12382,7 +12565,7 @@ class Tls(Dialogues):
         self.play([
             self.relay('tlshosts', never, Like(TLS_FAILED), control=dict(
                 files, **{TLSHOSTS: pem('ca').encode()})),
-            self.login('port 587', never, Like(TLS_FAILED), port=587,
+            self.login('port 587', never, Like(FAILED_THERE), port=587,
                        control=files)])
 
     # Passwords
@@ -12403,7 +12586,7 @@ class Tls(Dialogues):
         options['control'].setdefault(
             'smtproutes', b':relay.example:%s|%s|%s' % (
                 b'%d' % port if port else b'PORT', self.USER, self.PASSWORD))
-        options.setdefault('records', RELAY)
+        options.setdefault('records', RELAY_THERE if port else RELAY)
         options.setdefault('secrets', self.SECRETS)
         if port:
             options.setdefault('command', python(ELSEWHERE))
@@ -12439,52 +12622,55 @@ class Tls(Dialogues):
             self.login('notlshosts on port 25 is the word of the '
                        'administrator', TO_EHLO + 'S: 250-AUTH PLAIN\n'
                        'S: 250-AUTH PLAIN\nS: 250 STARTTLS\n' + self.LOGS_IN,
-                       'r', ACCEPTED, port=25,
+                       'r', ACCEPTED.replace(IP, THERE), port=25,
                        control={'notlshosts/relay.example': b''})])
 
     def test_passwords_on_port_587(self):
         """Verified, or nothing is sent; and how to trust the relay."""
         logs_in = EHLO_AGAIN + self.OFFERS + self.LOGS_IN
-        failed = Like(TLS_FAILED, 'No password is sent to this port', WAY_OUT)
+        failed = Like(FAILED_THERE, NEEDS_TLS, WAY_OUT)
 
         def case(title, script, *reports, **options):
             return self.login(title, script, *reports, **dict(
                 options, port=587))
         self.play([
             case('the system knows its CA', START + 'TLS: relay\n' + logs_in,
-                 'r', accepted('verified'), store='ca'),
+                 'r', accepted('verified', THERE), store='ca'),
             case('a CA below it', START + 'TLS: below+inter\n' + logs_in,
-                 'r', accepted('verified'), store='ca'),
+                 'r', accepted('verified', THERE), store='ca'),
             case('an unknown CA', START + 'noTLS: relay', failed),
             case('signed by itself', START + 'noTLS: self', failed,
                  store='ca'),
             case('another name', START + 'noTLS: other', failed, store='ca'),
             case('expired', START + 'noTLS: expired', Like(
-                TLS_FAILED, 'expire' if sys.version_info >= (3, 7)
+                FAILED_THERE, 'expire' if sys.version_info >= (3, 7)
                 else 'verify failed', WAY_OUT), store='ca'),
             case('STARTTLS is not offered', TO_EHLO + 'S: 250-fake\n'
-                 'S: 250 AUTH PLAIN\nQ:', Like(
-                     TLS_FAILED + 'the server does not offer STARTTLS',
-                     WAY_OUT), store='ca'),
+                 'S: 250 AUTH PLAIN\nQ:', FAILED_THERE
+                 + 'the server does not offer STARTTLS. (#4.7.5)\n'
+                 + NEEDS_TLS, store='ca'),
             case('HELO only', TO_EHLO + 'S: 502 what?\nC: HELO me.example\n'
-                 'S: 250 fake\nQ:', failed, store='ca'),
-            case('refused', ASK + 'S: 454 not now\nQ:', Like(
-                TLS_FAILED + 'STARTTLS refused: 454 not now', WAY_OUT),
-                store='ca'),
+                 'S: 250 fake\nQ:', FAILED_THERE
+                 + 'the server does not offer STARTTLS. (#4.7.5)\n'
+                 + NEEDS_TLS, store='ca'),
+            case('refused', ASK + 'S: 454 not now\nQ:', FAILED_THERE
+                 + 'STARTTLS refused: 454 not now. (#4.7.5)\n' + NEEDS_TLS,
+                 store='ca'),
             case('pinned', START + 'TLS: self\n' + logs_in, 'r',
-                 accepted('pinned'), control={
+                 accepted('pinned', THERE), control={
                      TLSHOSTS: pem('self').encode()}),
-            case('what the system trusts counts no more', START
-                 + 'noTLS: relay', Like(TLS_FAILED), store='ca',
+            case('what the system trusts counts no more', [
+                START + 'noTLS: relay', START + 'TLS: relay\nQ:'], Like(
+                    FAILED_THERE, ONLY_FILE), store='ca',
                  control={TLSHOSTS: pem('self').encode()}),
             case('notlshosts forbids what is required', [], Like(
                 'ZNo password is sent without TLS, but '
                 'control/notlshosts/relay.example\nforbids TLS'), store='ca',
                 control={'notlshosts/relay.example': b''}),
-            case('by address', START + 'TLS: relay\n' + logs_in, 'r',
-                 accepted('verified'), store='ca', control={
-                     'smtproutes': b':127.0.0.1:587|%s|%s' % (
-                         self.USER, self.PASSWORD)}),
+            case('by address', START + 'noTLS: relay', Like(
+                FAILED_THERE, NEEDS_TLS, 'control/tlshosts/192.0.2.1.pem'),
+                store='ca', control={'smtproutes': b':192.0.2.1:587|%s|%s' % (
+                    self.USER, self.PASSWORD)}),
             self.login('authsenders', START + 'noTLS: self', failed, port=587,
                        control={'smtproutes': None, 'authsenders':
                                 b'@here.example:relay.example:587|%s|%s' % (
@@ -12497,7 +12683,8 @@ class Tls(Dialogues):
     def test_port_465(self):
         """TLS from the first byte; there is nothing to fall back to."""
         logs_in = TO_EHLO + self.OFFERS + self.LOGS_IN
-        failed = Like(TLS_FAILED, 'No password is sent to this port', WAY_OUT)
+        failed = Like(FAILED_THERE, NEEDS_TLS, WAY_OUT)
+        broken = Like(FAILED_THERE, '(#4.7.5)\n' + NEEDS_TLS, most=200)
         bare = {'smtproutes': b':relay.example:465'}
 
         def case(title, script, *reports, **options):
@@ -12505,27 +12692,79 @@ class Tls(Dialogues):
                 options, port=465))
         self.play([
             case('the system knows its CA', 'TLS: relay\n' + logs_in, 'r',
-                 accepted('verified'), store='ca'),
-            case('pinned', 'TLS: self\n' + logs_in, 'r', accepted('pinned'),
+                 accepted('verified', THERE), store='ca'),
+            case('pinned', 'TLS: self\n' + logs_in, 'r',
+                 accepted('pinned', THERE),
                  control={TLSHOSTS: pem('self').encode()}),
             case('an unknown CA', 'noTLS: relay', failed),
             case('another name', 'noTLS: other', failed, store='ca'),
             case('expired', 'noTLS: expired', failed, store='ca'),
-            case('half a handshake', 'half: relay', failed, store='ca'),
-            case('closed', 'R: 5\nclose', failed, store='ca'),
-            case('garbage', 'R: 5\nS: 554 no\ndrop', failed, store='ca'),
+            case('half a handshake', 'half: relay', broken, store='ca'),
+            case('closed', ['R: 5\nclose'] * 2, broken, store='ca'),
+            case('garbage', 'R: 5\nS: 554 no\ndrop', broken, store='ca'),
             case('a server in the clear', 'S: 220 fake\ndrop',
-                 Like('ZConnected to 127.0.0.1'), store='ca'),
+                 Like('ZConnected to ' + THERE), store='ca'),
             case('notlshosts forbids what is required', [], Like(
                 'ZNo password is sent without TLS, but '
                 'control/notlshosts/relay.example'), store='ca',
                 control={'notlshosts/relay.example': b''}),
             case('no password, no check', at_once('self name=relay.example'),
-                 'r', accepted('certificate not checked'), control=bare),
+                 'r', accepted('certificate not checked', THERE),
+                 control=bare),
             case('no password, and TLS fails', 'half: self',
-                 Like(TLS_FAILED), control=bare),
+                 Like(FAILED_THERE), control=bare),
             case('STARTTLS counts no more', 'TLS: self\n' + IN_CLEAR, 'r',
-                 accepted('certificate not checked'), control=bare)])
+                 accepted('certificate not checked', THERE), control=bare)])
+
+    def test_passwords_on_other_ports(self):
+        """Every port but 25 and 26 is as 587, except on this host."""
+        clear = TO_EHLO + 'S: 250-fake\nS: 250 AUTH PLAIN\n'
+        logs_in = self.OFFERS + self.LOGS_IN
+        taken = ACCEPTED.replace(IP, THERE)
+        rows = []
+        for port in (24, 27, 2525, 10025):
+            def case(title, script, *reports, **options):
+                return self.login('%s, port %d' % (title, port), script,
+                                  *reports, port=port, **options)
+            rows += [
+                case('verified', START + 'TLS: relay\n' + EHLO_AGAIN
+                     + logs_in, 'r', accepted('verified', THERE),
+                     store='ca'),
+                case('not verified', START + 'noTLS: self', Like(
+                    FAILED_THERE, NEEDS_TLS, WAY_OUT), store='ca'),
+                case('stripped', clear + 'Q:', FAILED_THERE
+                     + 'the server does not offer STARTTLS. (#4.7.5)\n'
+                     + NEEDS_TLS, store='ca'),
+                case('a handshake that dies', START + 'half: relay',
+                     Like(FAILED_THERE, NEEDS_TLS), store='ca'),
+                case('notlshosts', [], 'ZNo password is sent without TLS, '
+                     'but control/notlshosts/relay.example\nforbids TLS on '
+                     'port %d. (#4.7.5)\n' % port, store='ca',
+                     control={'notlshosts/relay.example': b''})]
+        rows += [self.login('in the clear, port %d' % port, clear
+                            + self.LOGS_IN, 'r', taken, port=port)
+                 for port in (25, 26)]
+        rows += [self.login('unchecked, port %d' % port, START
+                            + 'TLS: self\n' + EHLO_AGAIN + logs_in, 'r',
+                            accepted('certificate not checked', THERE),
+                            port=port) for port in (25, 26)]
+        rows += [
+            self.login('this host, in the clear', clear + self.LOGS_IN, 'r',
+                       ACCEPTED, port=2525, records=RELAY),
+            self.login('this host, port 465', 'TLS: self\n' + TO_EHLO
+                       + logs_in, 'r', accepted('certificate not checked'),
+                       port=465, records=RELAY),
+            self.login('this host, and TLS fails', ASK + 'S: 454 no\nQ:',
+                       Like(TLS_FAILED, 'No password is sent in the clear'),
+                       port=587, records=RELAY)]
+        if HAS_IPV6:
+            rows.append(self.login(
+                'this host, IPv6', {'::1': clear + self.LOGS_IN}, 'r',
+                ACCEPTED.replace(IP, '::1'), port=2525, records={},
+                control={'smtproutes': b':[::1]:2525|%s|%s' % (
+                    self.USER, self.PASSWORD)}))
+        self.play(rows)
+
 
     def test_names_that_are_none(self):
         """An exchanger's name with / or .. in it is never part of a path:
@@ -12579,9 +12818,10 @@ class Tls(Dialogues):
                  Like(why, 'No password is sent in the clear')),
             case('a password, and STARTTLS is not offered', log_in, 'r',
                  ACCEPTED),
-            case('a password, port 587', OFFER + 'Q:', Like(why, WAY_OUT),
-                 port=587),
-            case('a password, port 465', 'Q:', Like(why, WAY_OUT), port=465),
+            case('a password, port 2525', OFFER + 'Q:', why.replace(
+                IP, THERE) + '. (#4.7.5)\n' + NEEDS_TLS, port=2525),
+            case('a password, port 465', 'Q:', why.replace(
+                IP, THERE) + '. (#4.7.5)\n' + NEEDS_TLS, port=465),
             row('DANE', {'127.0.0.2': OFFER + 'Q:'}, Like(
                 why.replace(IP, '127.0.0.2')), **signed(
                     [tlsa(3, 1, 1, 'relay')],
@@ -12627,12 +12867,15 @@ class Tickets(unittest.TestCase):
                 os.lseek(body.fileno(), 0, os.SEEK_SET)
                 world.message = qr.Message(body.fileno())
                 name = other if other and turn % 2 else IP.encode()
-                report = qr.try_server(
-                    qr.Server(IP.encode(), 25, name, [], None),
-                    qr.Route(None, None, None),
-                    qr.Envelope(SENDER.encode(), [RECIPIENTS[0].encode()]),
-                    control_files(), world)
-                reports.append(report.text + report.tail)
+                try:
+                    report = qr.try_server(
+                        qr.Server(IP.encode(), 25, name, [], None),
+                        qr.Route(None, None, None), qr.Envelope(
+                            SENDER.encode(), [RECIPIENTS[0].encode()]),
+                        control_files(), world)
+                    reports.append(report.text + report.tail)
+                except qr.NextServer as failure:
+                    reports.append(failure.report)
         self.assertIsNone(server.error, server.transcript)
         parts = '\n'.join(server.transcript).split('-- connection')
         return reports, ['resumed' if '-- resumed' in part else
@@ -12663,12 +12906,36 @@ class Tickets(unittest.TestCase):
         self.check('full full resumed resumed', 4,
                    [over_tls('relay+ca')] * 4, other=b'relay.example')
 
+    CHOKING = START + 'R: 5\nS: 500 what?\ndrop'
+
     def test_a_server_that_chokes_on_tickets(self):
         """One more connection over TLS without; never into the clear."""
-        choking = START + 'close'
         self.check('full none full resumed', 3,
-                   [over_tls('relay+ca'), choking] +
+                   [over_tls('relay+ca'), self.CHOKING] +
                    [over_tls('relay+ca')] * 2)
+
+    def test_two_connections_at_most(self):
+        """A ticket that is refused counts as the first; the next delivery,
+        which has none, may go on in the clear."""
+        reports, _ = self.deliveries(3, [
+            over_tls('relay+ca'), self.CHOKING, self.CHOKING, self.CHOKING,
+            IN_CLEAR])
+        self.assertEqual([b'K', TLS_FAILED[:1].encode(), b'K'],
+                         [report[:1] for report in reports])
+
+    @unittest.skipUnless(getattr(ssl, 'HAS_TLSv1_3', False), 'no TLS 1.3')
+    def test_who_hangs_is_remembered(self):
+        """TLS 1.2 at most from then on: with a ticket, too, and never more
+        than two connections again."""
+        closes = START + 'close'
+        reports = self.check('full none full resumed', 3, [
+            over_tls('relay+ca'), closes,
+            over_tls('relay+ca').replace('TLS:', 'old:'),
+            over_tls('relay+ca').replace('TLS:', 'old:')])
+        self.assertEqual([b'TLSv1.3', b'TLSv1.2', b'TLSv1.2'], [
+            report.split(b'\n')[2].split(b',')[0] for report in reports])
+        self.check('none none none none none', 2, [
+            closes, closes, IN_CLEAR, closes, IN_CLEAR])
 
     def test_a_lost_key(self):
         """A server that has forgotten its keys: a whole handshake."""
@@ -13909,7 +14176,7 @@ class TlsMailServer:
         cls.peer.stop()
 
     def mail(self, role='', secret=b'', message=MESSAGE, store=None,
-             **control):
+             dns=None, **control):
         port = self.peer.ports[role]
         control = dict({
             'smtproutes': b':127.0.0.1:%d%s' % (
@@ -13919,7 +14186,7 @@ class TlsMailServer:
             return run_program(
                 home, 'peer.example', *ENVELOPE, message=message,
                 command=python(ELSEWHERE) if self.at_once else None,
-                env={'SSL_CERT_DIR': '/nonexistent', 'SSL_CERT_FILE':
+                dns=dns, env={'SSL_CERT_DIR': '/nonexistent', 'SSL_CERT_FILE':
                      pem_file(store) if store else '/nonexistent'})
 
     def check_taken(self, outcome, checked):
@@ -13997,12 +14264,18 @@ class TlsServerAtOnce(TlsMailServer):
     messages = [SMUGGLER]
 
     def test_the_trust_of_the_system(self):
-        """On port 465 a password needs a verified certificate."""
-        secret = b'|%s|%s' % (USER, PASSWORD)
-        self.check_taken(self.mail('PLAIN', secret, store='ca'), b'verified')
-        for store in (None, 'self'):
-            self.check_failed(self.mail('PLAIN', secret, store=store),
-                              b'control/tlshosts/127.0.0.1.pem')
+        """A password needs a verified certificate, on another host."""
+        there = {'smtproutes': b':relay.example:465|%s|%s' % (
+            USER, PASSWORD)}
+        with FakeDNS(RELAY_THERE) as name_server:
+            outcome = self.mail('PLAIN', store='ca', dns=name_server.dns,
+                                **there)
+            self.assertIn(b', verified\n', outcome.reports[-1])
+            for store in (None, 'self'):
+                report, = self.mail('PLAIN', store=store,
+                                    dns=name_server.dns, **there).reports
+                self.assertIn(b'TLS failed', report)
+                self.assertIn(WAY_OUT.encode(), report)
 
 
 class TlsEximTest(StartTlsServer, unittest.TestCase):
