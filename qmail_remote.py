@@ -541,7 +541,6 @@ SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
 SPAWN_PACE = 0.002              # a fork waits so long for a free worker
 SPAWN_RETRY = 1                 # the same after a fork that failed
 SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
-WORKER_REHEARSALS = 20          # what CPython 3.11 adapts to, it has seen
 WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
 
 # Errors of this host, not of a peer: no server is to blame for them.
@@ -4050,51 +4049,6 @@ def load_modules():
             pass                # no MD5, no ssl: see there
 
 
-class Rehearsal:
-    """A socket to a server that takes everything, in memory."""
-
-    def __init__(self):
-        self.replies = [b'220 hi\r\n', b'250-hi\r\n250 PIPELINING\r\n',
-                        b'250 ok\r\n250 ok\r\n354 go\r\n', b'250 ok\r\n']
-        self.turn = True
-
-    def send(self, data):
-        self.turn = True
-        return len(data)
-
-    def recv(self, size):
-        if not self.turn or not self.replies:
-            raise BlockingIOError()
-        self.turn = False
-        return self.replies.pop(0)
-
-    def close(self):
-        pass
-
-
-def rehearse(control, contexts):
-    """Deliveries to nobody.  Not needed, but CPython writes into the code
-    that it runs, most of all in the first runs: done before the fork, it
-    leaves 0.2 MB more to be shared by all workers."""
-    def never(reading, writing, deadline):
-        raise TimedOut()
-    alone = Control(*control._fields())
-    alone.smtproutes = alone.authsenders = {}
-    fd = os.open(b'/dev/null', os.O_RDONLY)
-    try:
-        for _ in range(WORKER_REHEARSALS):
-            world = real_world(alone, Message(fd), contexts=contexts)
-            world.own = lambda address: False
-            world.connect = lambda address, port, seconds: Rehearsal()
-            world.line = lambda sock: Line(sock, never)
-            verdicts(deliver(b'[192.0.2.1]', b'a@b', [b'c@d'], alone, world),
-                     1)
-    except Exception:           # it has other reasons to fail than mail has
-        pass
-    finally:
-        os.close(fd)
-
-
 def read_setting(store):
     """The Setting of this moment; store as trust_store() gives it.  One
     without a Control lasts for one delivery: what kept us from reading may
@@ -4111,7 +4065,6 @@ def read_setting(store):
             contexts(TlsPolicy(True, False, check, None), files)
     except (ImportError, Report):
         pass                    # each delivery will see what becomes of it
-    rehearse(control, contexts)
     return Setting(control, contexts, signature, None)
 
 
