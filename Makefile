@@ -29,7 +29,7 @@ help:
 	@echo 'make qmail-remote.8'
 	@echo '                the manual page'
 	@echo 'make clean      removes what a run without -B left behind'
-	@echo 'PYTHON=pypy3 takes another Python; install also knows DESTDIR,'
+	@echo 'PYTHON=python3.12 takes another Python; install also knows DESTDIR,'
 	@echo 'PREFIX, BINDIR, LIBDIR, MANDIR and QMAIL_HOME.'
 
 # -B: leave no __pycache__.

@@ -452,13 +452,9 @@ import posix as os
 import select
 import sys
 import time
+import _socket as socket
+import _stat as stat
 import _struct as struct
-try:
-    import _socket as socket
-    import _stat as stat
-except ImportError:
-    import socket
-    import stat
 
 VERSION = '1.0'
 QMAIL_HOME = "/var/qmail"
@@ -1217,8 +1213,6 @@ def dotted(name):
 def canonical(text):
     """An IP address in its canonical short form, IPv4 in IPv6 as IPv4; None
     if it is no address.  Strict: four decimal numbers, no zone."""
-    if b'\0' in text:           # PyPy would stop reading there
-        return None
     try:
         return address_text(packed(text))
     except (OSError, ValueError):
@@ -1474,7 +1468,7 @@ def name_server(text, port=DNS_PORT):
         if percent:
             scope = int(zone) if zone.isdigit() and len(zone) < 10 else \
                 socket.if_nametoindex(zone.decode('ascii', 'replace'))
-    except (OSError, ValueError, AttributeError):       # PyPy's _socket
+    except (OSError, ValueError):
         return None
     if b':' in address:
         return NameServer(socket.AF_INET6, (address, port, 0, scope),
@@ -2456,14 +2450,13 @@ def dane_check(records, chain):
 
 def can_show_chain():
     """Whether this Python lets us see the certificates of a server: in
-    public since 3.13, below the surface since 3.10, not in PyPy."""
+    public since 3.13, below the surface since 3.10."""
     try:
         import ssl
     except ImportError:
         return False
     return hasattr(ssl.SSLObject, 'get_unverified_chain') or \
-        hasattr(getattr(ssl._ssl, '_SSLSocket', None),
-                'get_unverified_chain')
+        hasattr(ssl._ssl._SSLSocket, 'get_unverified_chain')
 
 
 def shown_chain(connection):
@@ -4435,13 +4428,8 @@ def fill_descriptors():
 
 
 def argument_bytes(argument):
-    """An argument as it was given.  PyPy decodes it as UTF-8 even where it
-    says that the file system's encoding is another."""
-    try:
-        return argument.encode(sys.getfilesystemencoding(),
-                               'surrogateescape')
-    except UnicodeEncodeError:
-        return argument.encode('utf-8', 'surrogateescape')
+    """An argument as it was given."""
+    return argument.encode(sys.getfilesystemencoding(), 'surrogateescape')
 
 
 def enter_home():

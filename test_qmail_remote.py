@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import unittest
 import warnings
 
@@ -1185,12 +1186,6 @@ class FakeESMTP(FakeTLS):
 # What a function makes of what it is given, one line each.  Nothing is
 # patched: where the program takes a clock, a resolver or a socket as an
 # argument, it gets one that a test can see through.
-
-try:
-    import tracemalloc
-except ImportError:                 # PyPy
-    tracemalloc = None
-
 
 def has_ipv6():
     """Whether there is a ::1 to talk to."""
@@ -2393,7 +2388,7 @@ class NameServers(Tables):
     def test_name_server(self):
         try:
             index = socket.if_nametoindex('lo')
-        except (AttributeError, OSError):   # PyPy; a system without lo
+        except OSError:                     # a system without lo
             index = None
         v4, v6 = socket.AF_INET, socket.AF_INET6
         for text, want in (
@@ -2892,8 +2887,6 @@ class Resolving(Tables):
             self.expect_good(server)
             self.expect_good(server, options=b'options use-vc')
 
-    @unittest.skipIf(sys.implementation.name == 'pypy',
-                     'os.urandom() takes a descriptor there')
     def test_few_descriptors(self):
         """Questions wait for each other's sockets."""
         try:
@@ -2944,8 +2937,6 @@ class Resolving(Tables):
                 self.check(('ok', [b'192.0.2.1']), self.ask, resolver)
                 self.assertEqual(3, len(woken))
 
-    @unittest.skipIf(sys.implementation.name == 'pypy',
-                     'os.urandom() takes a descriptor there')
     def test_no_descriptor(self):
         """None for the first question is no server's fault.  One that none
         becomes free for in its time is a failure for now."""
@@ -4321,7 +4312,6 @@ class ReplyGrammar(Tables):
         self.assertEqual(250, reader.reply().code)
         self.assertLessEqual(len(reader.reply().text), qr.REPLY_KEPT + 1)
 
-    @unittest.skipUnless(tracemalloc, 'cannot measure memory')
     def test_memory(self):
         tracemalloc.start()
         try:
