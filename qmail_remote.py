@@ -3446,6 +3446,7 @@ class Session:
             ticket = self.tickets.tickets.get(self.ticket)
         self.line.start_tls(context, name, min(self.timeout, TLS_HANDSHAKE),
                             self.judge, ticket)
+        self.tls_failure = b''
 
     def judge(self, layer):
         """The check of the certificate, as far as OpenSSL leaves it to us,
@@ -3835,7 +3836,7 @@ def try_server(server, route, envelope, control, world):
                 world.message, policy,
                 lambda policy: world.tls_context(policy, tls_control, tls12),
                 world.screen, world.tickets, route.lacking,
-                before.reason if before and not policy.wanted else b'').run()
+                before.reason if before else b'').run()
         except TlsFailed as failed:
             world.screen.say(Screen.REMARK, b'TLS failed: ' + failed.reason)
             if failed.silent and world.tickets is not None:

@@ -12325,6 +12325,8 @@ class Tls(Dialogues):
                                          IN_CLEAR], 'r', in_clear(
                     'connection closed'),
                 control=self.SHORT),
+            row('STARTTLS is gone then', [hangs, ACCEPT], 'r',
+                in_clear('timed out'), control=self.SHORT),
             self.relay('tlshosts', [hangs, over_old_tls('relay')], 'r',
                        old('verified'), control=dict(self.SHORT, **{
                            TLSHOSTS: pem('ca').encode()})),
