@@ -149,7 +149,8 @@ RESULTS
 
     A description for a human reader follows.  When several servers were
     tried, there is one line for each that failed.  User names and passwords
-    are cut out of what servers say.  The last line about a message that went
+    are cut out of what servers say; of a reply to AUTH, each line with a part
+    of a password.  The last line about a message that went
     over TLS names the protocol, the cipher, and what is known of the
     certificate: "certificate not checked", "verified", "pinned" or "DANE".
     If TLS failed and the message went in the clear, it says so, and why:
@@ -502,6 +503,7 @@ BACKLOG_MAX = 16 << 20          # bytes of replies held while we still send
 SERVERS_MAX = 20                # addresses tried in one run
 EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
 ADDRESSES_MAX = 256             # addresses of one exchanger and family
+SECRET_PART = 4                 # bytes of a secret that tell too much
 AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
 AUTH_COMMAND_MAX = 510          # the same of AUTH itself (RFC 5321 4.5.3.1.4)
 ORPHAN_CHECK = 5                # how soon a killed launcher is noticed
@@ -3096,18 +3098,13 @@ def parse_ehlo(text):
 
 
 def mask(text, secrets, name=b''):
-    """text without the secrets, and without any eight bytes in a row of one:
-    servers cut what they echo short, and fold it.  The user's name goes as a
-    whole only, for parts of it are parts of other names."""
+    """text without the secrets and the user's name, wherever they are."""
     hidden = bytearray(len(text))
-    for secret in list(secrets) + [name] * bool(name):
-        size = len(secret) if secret is name else min(len(secret), 8)
-        for start in range(min(len(secret), AUTH_LINE_MAX) - size + 1):
-            piece = secret[start:start + size]
-            at = text.find(piece)
-            while at >= 0:
-                hidden[at:at + size] = b'\1' * size
-                at = text.find(piece, at + 1)
+    for secret in filter(None, list(secrets) + [name]):
+        at = text.find(secret)
+        while at >= 0:
+            hidden[at:at + len(secret)] = b'\1' * len(secret)
+            at = text.find(secret, at + 1)
     shown = bytearray()
     for at, byte in enumerate(text):
         if not hidden[at]:
@@ -3117,6 +3114,22 @@ def mask(text, secrets, name=b''):
     if len(text) >= REPLY_KEPT and secrets:         # one may be cut in half
         del shown[-max(map(len, list(secrets) + [name])):]
     return bytes(shown)
+
+
+def mask_lines(text, secrets):
+    """A reply to a step of AUTH without the lines that share SECRET_PART
+    bytes in a row with a secret, or all of it if it is shorter: servers cut
+    what they echo short, and fold it.  Codes stay."""
+    parts = {secret[at:at + SECRET_PART] for secret in filter(None, secrets)
+             for at in range(max(1, len(secret) - SECRET_PART + 1))}
+    lines = text.split(b'\n')
+    for index, line in enumerate(lines):
+        words = line[4:]
+        if not parts.isdisjoint(words[at:at + size]
+                                for size in range(1, SECRET_PART + 1)
+                                for at in range(len(words))):
+            lines[index] = line[:4] + b'***'
+    return b'\n'.join(lines)
 
 
 def said(reply, secrets, name=b''):
@@ -3653,10 +3666,16 @@ class Session:
     def auth_step(self, want, what, *words):
         """One exchange; the Reply if its code is wanted.  Raises
         AuthRejected."""
-        reply = self.command(*words)
+        self.launch([b''.join(words)])
+        reply = self.line.reply(self.timeout)
+        self.tell(Screen.HEARD, self.masked(reply).text)
         if reply.code not in want:
-            raise AuthRejected(what, reply)
+            raise AuthRejected(what, self.masked(reply))
         return reply
+
+    def masked(self, reply):
+        """A reply to a step of AUTH, fit to be seen."""
+        return Reply(reply.code, mask_lines(reply.text, self.secrets))
 
     def encode(self, value, what, before=b''):
         """base64, remembered as a secret.  Raises Report if the line would
@@ -3715,7 +3734,7 @@ class Session:
         except ValueError:
             self.quit(b'*\r\n')
             raise Report(AUTH_UNDECODABLE % self.address +
-                         said(reply, *self.hidden))
+                         said(self.masked(reply), *self.hidden))
         self.secrets.append(digest)
         answer = self.encode(user + b' ' + digest, b'user', b'*\r\n')
         self.auth_step((235,), b'username+digest', answer)

@@ -4361,17 +4361,16 @@ class SmtpTables(Tables):
                 ('not there', b'535 no', [b'secret'], b'535 no'),
                 ('there', b'535 not secret!', [b'secret'], b'535 not ***!'),
                 ('twice', b'secretsecret', [b'secret'], b'***'),
-                ('folded', b'500-' + long[:11] + b'\n500 ' + long[11:],
-                 [long], b'500-***\n500 ***'),
+                ('a part of it', b'500 ' + long[:11], [long],
+                 b'500 ' + long[:11]),
                 ('two', b'user:pass', [b'user', b'pass'], b'***:***'),
                 ('one holds the other', b'a passport', [b'pass',
                                                         b'passport'],
                  b'a ***'),
-                ('cut short', b'got ' + long[:12], [long], b'got ***'),
-                ('cut short, then more', b'<' + long[:9] + b'>', [long],
-                 b'<***>'),
-                ('cut to eight', long[:8] + b'!', [long], b'***!'),
-                ('whole and cut', long + long[:8], [long], b'***'),
+                ('overlapping', b'a passportal', [b'passport', b'portal'],
+                 b'a ***'),
+                ('twice, overlapping', b'aXaXa', [b'aXa'], b'***'),
+                ('an empty one', b'abc', [b''], b'abc'),
                 ('a short one', b'abc', [b'b'], b'a***c')):
             with self.subTest(title):
                 self.check(want, qr.mask, text, secrets)
@@ -4392,24 +4391,48 @@ class SmtpTables(Tables):
                     if b'*' not in secret:
                         self.assertNotIn(secret, masked)
 
+    def test_mask_lines(self):
+        """In a reply to AUTH a line goes that has four bytes in a row."""
+        long = b'correct horse'
+        for title, text, secrets, want in (
+                ('none', b'535 no\n', [], b'535 no\n'),
+                ('not there', b'535 5.7.8 no\n', [long], b'535 5.7.8 no\n'),
+                ('there', b'535 is it correct horse?\n', [long],
+                 b'535 ***\n'),
+                ('folded', b'501-what is corre\n501-ct horse\n501 no\n',
+                 [long], b'501-***\n501-***\n501 no\n'),
+                ('four bytes', b'535 xrrecx\n', [long], b'535 ***\n'),
+                ('three', b'535 xrrex\n', [long], b'535 xrrex\n'),
+                ('the first four', b'535 corr', [long], b'535 ***'),
+                ('the last four', b'535 orse', [long], b'535 ***'),
+                ('three bytes, all of it', b'535 abcd\n', [b'bcd'],
+                 b'535 ***\n'),
+                ('two of three', b'535 abc\n', [b'bcd'], b'535 abc\n'),
+                ('one', b'535-abc\n535 def\n', [b'e'],
+                 b'535-abc\n535 ***\n'),
+                ('an empty one', b'535 no\n', [b''], b'535 no\n'),
+                ('the code stays', b'535\n', [b'535', b'5'], b'535\n'),
+                ('the code is not looked at', b'535 no\n', [b'535 '],
+                 b'535 no\n'),
+                ('one of several', b'535-ok\n535 deff\n',
+                 [b'abcdef', b'xdeff'], b'535-ok\n535 ***\n')):
+            with self.subTest(title):
+                self.check(want, qr.mask_lines, text, secrets)
+
     def test_no_secret_is_shown(self):
-        """Whatever part of a command a server sends back."""
+        """Whatever part of a command a server sends back to AUTH."""
         user, password = b'user@example.com', b'pa|ss: w\xc3\xb6rd'
         secrets = qr.secrets_of((user, password))
-        plain = binascii.b2a_base64(
-            b'\0' + user + b'\0' + password).rstrip()
-        for echo in (plain, b'AUTH PLAIN ' + plain, plain.rstrip(b'='),
-                     plain[:40], user, password, user + b' ' + password,
-                     binascii.b2a_base64(user).rstrip(),
-                     binascii.b2a_base64(password).rstrip(),
-                     binascii.b2a_base64(password).rstrip(b'=\n')):
-            shown = qr.said(qr.Reply(535, b'535 bad: ' + echo + b'\n'),
-                            secrets, user)
-            self.assertTrue(shown.startswith(b'Remote host said: 535 bad: '))
-            for part in (user, password, plain[:8],
-                         binascii.b2a_base64(user)[:8],
-                         binascii.b2a_base64(password)[:8]):
-                self.assertNotIn(part, shown)
+        for form in [password] + [
+                binascii.b2a_base64(value).rstrip() for value in (
+                    user, password, b'\0' + user + b'\0' + password)]:
+            self.assertIn(form, secrets)
+            for size in (4, 5, 8, len(form)):
+                for at in range(len(form) - size + 1):
+                    echo = form[at:at + size]
+                    self.check(b'535-5.7.8 bad\n535 ***\n', qr.mask_lines,
+                               b'535-5.7.8 bad\n535 AUTH: ' + echo + b'!\n',
+                               secrets)
         self.check([], qr.secrets_of, None)
 
     def test_said(self):
@@ -7023,24 +7046,40 @@ class Authentication(Dialogues):
             ('without padding', 'PLAIN', self.plain,
              self.plain64.rstrip('=')),
             ('cut short', 'PLAIN', self.plain, self.plain64[:cut]),
-            ('decoded', 'PLAIN', self.plain, 'user joe-user'),
+            ('a part of it', 'PLAIN', self.plain, self.plain64[-6:]),
             ('both', 'LOGIN', self.login_pass, 'joe-user / sec|ret:w\u00f6rd'),
             ('the password', 'LOGIN', self.login_pass, self.pass64),
             ('the user', 'LOGIN', self.login_user, self.user64),
-            ('twice', 'LOGIN', self.login_pass,
-             self.pass64 + self.user64 + ' ' + self.pass64),
             ('the digest', 'CRAM-MD5', self.cram_answer, self.cram64)]
+        secrets = self.secrets + [self.plain64[:cut]]
         rows = [self.row('echo of ' + title, 'AUTH ' + method, steps
-                         + 'S: 535 no: %s, sorry\nQ:' % echo,
+                         + 'S: 535-5.7.8 no\nS: 535 %s, sorry\nQ:' % echo,
                          Like('ZConnected to 127.0.0.1 but authentication '
-                              'was rejected (', '535 no: ', 'sorry'),
-                         secrets=self.secrets + [self.plain64[:cut]])
+                              'was rejected (', 'Remote host said: '
+                              '535-5.7.8 no\n535 ***\n', most=130),
+                         secrets=secrets)
                 for title, method, steps, echo in echoes]
         rows += [self.row('echo after %d bytes' % length, 'AUTH PLAIN',
-                          self.plain + 'S: 535 %s %s\nQ:' % (
-                              'x' * length, self.plain64),
-                          Like('Z', '(plain)', '535 xxx'))
-                 for length in (4980, 4990, 16360, 16370)]
+                          self.plain + 'S: 535-%s\nS: 535 %s %s\nQ:' % (
+                              'x' * 40, 'x' * length, self.plain64),
+                          self.rejected('plain', '535-%s\n535 ***' % (
+                              'x' * 40)))
+                 for length in (4980, 16330)]
+        rows += [
+            self.row('folded', 'AUTH PLAIN', self.plain
+                     + 'S: 501-bad: AUTH PLAIN %s\nS: 501 %s\nQ:' % (
+                         self.plain64[:13], self.plain64[13:]),
+                     self.rejected('AUTH PLAIN', '501-***\n501 ***')),
+            self.row('the name alone', 'AUTH PLAIN', self.plain
+                     + 'S: 535 no: user joe-user, sorry\nQ:',
+                     self.rejected('plain', '535 no: user ***, sorry')),
+            self.row('with a challenge that is no base64', 'AUTH CRAM-MD5',
+                     self.cram + 'S: 334 !sec|!\nC: *\nQ:',
+                     'ZConnected to 127.0.0.1 but unable to base64decode '
+                     'challenge.\nRemote host said: 334 ***\n'),
+            self.row('with 421', 'AUTH PLAIN', self.plain
+                     + 'S: 421 bye %s\nQ:' % self.plain64[:20],
+                     self.rejected('AUTH PLAIN', '421 ***'))]
         rows.append(self.row(
             'echo in a later refusal', 'AUTH PLAIN', self.plain
             + 'S: 235 welcome\n' + MAIL + 'S: 550 joe-user may not send\nQ:',
@@ -8486,7 +8525,7 @@ class Terminal(unittest.TestCase):
                 ('PLAIN', 'C: AUTH PLAIN *\nS: 535 AUTH PLAIN %s?' %
                  qr.base64(b'\0user\0' + password).decode()),
                 ('LOGIN', 'C: AUTH LOGIN\nS: 334 x\nC: *\nS: 334 y\nC: *\n'
-                 'S: 535 a secret word?'),
+                 'S: 535-a secr\nS: 535 et word?'),
                 ('CRAM-MD5', 'C: AUTH CRAM-MD5\nS: 334 PDFAeD4=\nC: *\n'
                  'S: 535 no')):
             with FakeSMTP('S: 220 hi\nC: EHLO *\nS: 250-there\nS: 250 AUTH '
@@ -8710,7 +8749,7 @@ class AuthFaults(Dialogues):
             row('%s: %s' % (step, code), self.START + self.STEPS[step]
                 + 'S: %s no: secret-word, c2VjcmV0LXdvcmQ=\nQ:' % code,
                 Like('ZConnected to 127.0.0.1 but authentication was '
-                     'rejected (', 'Remote host said: %s no: ***' % code),
+                     'rejected (', 'Remote host said: %s ***\n' % code),
                 **self.options())
             for i, step in enumerate(self.STEPS)
             for j, code in enumerate(self.CODES)
@@ -8790,7 +8829,7 @@ class AuthFaults(Dialogues):
                        + 'S: 535 no: joe-user %s\nQ:' % digest, Like(
                            'ZConnected to 127.0.0.1 but authentication was '
                            'rejected (username+digest).\nRemote host said: '
-                           '535 no: *** ***\n'),
+                           '535 ***\n'),
                        **self.options())])
 
 
