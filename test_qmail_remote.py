@@ -3626,9 +3626,9 @@ class TimedOutServers(Tables):
             self.check(True, qr.TcpTo(self.path, self.clock, 0, wait,
                                       self.clock).skip, self.HERE)
 
-    def in_processes(self, count, act):
+    def in_processes(self, count, act, locked=None):
         """act(number, TcpTo) in so many processes, at once; how many times
-        it was true."""
+        it was true.  locked: a file that keeps its lock for a moment."""
         gate, pids = os.pipe(), []
         for number in range(count):
             pid = os.fork()
@@ -3644,6 +3644,9 @@ class TimedOutServers(Tables):
             pids.append(pid)
         for fd in gate:
             os.close(fd)
+        if locked:
+            time.sleep(.05)
+            fcntl.flock(locked, fcntl.LOCK_UN)
         ends = [os.waitpid(pid, 0)[1] for pid in pids]
         self.assertLessEqual(set(ends), {0, 256})
         return ends.count(0)
@@ -3654,12 +3657,8 @@ class TimedOutServers(Tables):
             for _ in range(5):
                 self.write((self.HERE, 5, self.NOW))
                 fcntl.flock(other, fcntl.LOCK_EX)
-                opener = threading.Timer(
-                    .05, fcntl.flock, (other, fcntl.LOCK_UN))
-                opener.start()
                 self.in_processes(60, lambda number, tcpto: tcpto.timed_out(
-                    b'10.0.0.%d' % number))
-                opener.join()
+                    b'10.0.0.%d' % number), other)
                 self.assertEqual(
                     [self.HERE] + sorted(b'10.0.0.%d' % i for i in range(60)),
                     sorted((address for address, count, _ in self.records()),
