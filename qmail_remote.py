@@ -699,6 +699,14 @@ def output_of(report):
                     [report.text + report.tail])
 
 
+def brief(report):
+    """The first lines of a report, if there is no memory for the others:
+    what has become of the message stays as it is."""
+    return Report(report.text.split(b'\n')[0] + b'\n',
+                  [text.split(b'\n')[0] + b'\n' * (text != b'r')
+                   for text in report.recipients], b'', report.begun)
+
+
 def write_output(output):
     """Writes to fd 1, once; if nobody reads it, nobody can be told."""
     try:
@@ -3250,6 +3258,7 @@ class Session:
         self.unauthenticated = b''  # AUTH_MISSING, if it came to that
         self.accepted = False       # MAIL: from here on all is final
         self.data_ended = False     # the end is out, but not yet its reply
+        self.final = None           # the Report, once that has been read
         self.said_quit = False
         self.sent = 0               # bytes of the message
         self.reports = []           # of the recipients
@@ -3257,7 +3266,21 @@ class Session:
         self.tail = tls_failure and TLS_GAVE_UP % tls_failure   # about TLS
 
     def run(self):
-        """See above.  Raises TlsFailed if TLS did not come about."""
+        """See above.  Raises TlsFailed if TLS did not come about.  Once the
+        reply to the end of the data has been read, nothing changes what it
+        makes of the message: neither the server nor a failure of ours."""
+        try:
+            try:
+                report = self.dialogue()
+            finally:
+                self.line.close()
+        except BaseException:
+            if self.final is None:
+                raise
+        return self.final or report
+
+    def dialogue(self):
+        """All of it but the end of the line."""
         try:
             if self.server.port == PORT_SMTPS and self.tls.wanted:
                 self.secure(self.context())
@@ -3289,8 +3312,6 @@ class Session:
             if not self.data_ended:
                 raise
             return self.ended(DIED_LATE % self.address, None, b'')
-        finally:
-            self.line.close()
 
     # How a session ends
 
@@ -3588,18 +3609,28 @@ class Session:
         self.tell(Screen.REMARK, b'message: %d bytes' %
                   (self.sent - len(END_OF_DATA)))
         self.tell(Screen.SENT, END_OF_DATA)
-        return self.verdict(self.reply())
+        return self.verdict()
 
-    def verdict(self, reply):
-        """What the server says to the end of the data."""
-        self.expect(reply)
+    def verdict(self):
+        """What the server says to the end of the data.  No call comes
+        between the reply and self.final, so that none can fail there."""
+        taken = Report(b'K' + self.unauthenticated + ACCEPTED % self.address,
+                       self.reports, self.tail)
+        later = Report(temporary(MESSAGE_FAILED) % self.address,
+                       self.reports, self.tail)
+        reply = self.line.reply(self.timeout)
+        if 300 <= reply.code < 400:
+            raise Lost(b'out of step')
+        self.final = taken if reply.code < 300 else later
         self.data_ended = False
-        if reply.kind() != 2:
-            return self.refused(MESSAGE_FAILED, reply, b'')
-        text = (b'K' + self.unauthenticated + ACCEPTED % self.address +
-                said(reply, *self.hidden))
+        if reply.code < 300:
+            taken.text += said(reply, *self.hidden)
+        else:
+            self.final = self.ended(self.softened(
+                MESSAGE_FAILED % self.address, reply), reply, b'')
+        self.tell(Screen.HEARD, reply.text)
         self.quit()
-        return Report(text, self.reports, self.tail)
+        return self.final
 
     def send_part(self, data, is_last=False):
         """Sends a part of the message; the last one ends with the end of the
@@ -3802,29 +3833,28 @@ def try_servers(servers, attempt, screen=NOBODY):
     is left, the refusal of the most preferred one that answered.  That is
     permanent if each one that was reached refused the sender for good, and
     there was one: those that were not would be waited for in vain."""
-    failures, report = [], None
+    failures, trail, report = [], b'', None
     for server in servers:
         try:
             report = attempt(server)
             break
         except NextServer as failure:
-            failures.append((server.address, failure))
-            screen.say(Screen.REMARK, server.address + b': ' + failure.note)
-    tried = len(failures)
-    if report is not None:
-        tried += 1
-    else:
-        refusals = [failure for _, failure in failures if failure.answered] \
-            + [failure for _, failure in failures if failure.report]
+            failures.append(failure)
+            note = server.address + b': ' + failure.note
+            trail += note + b'\n'
+            screen.say(Screen.REMARK, note)
+    if report is None:
+        refusals = [failure for failure in failures if failure.answered] + \
+            [failure for failure in failures if failure.report]
         best = (refusals + [NextServer(NO_CONNECTION, b'')])[0]
         text = best.report
         if not all(failure.permanent
-                   for _, failure in failures if failure.reached):
+                   for failure in failures if failure.reached):
             text = temporary(text)
         report = Report(text, (), best.tail)
-    if tried > 1:
-        report.text += b''.join(address + b': ' + failure.note + b'\n'
-                                for address, failure in failures)
+        if len(failures) < 2:
+            trail = b''
+    report.text += trail        # no call: it may be about a message taken
     return report
 
 
@@ -4085,29 +4115,31 @@ def deliver_job(job, owner, setting):
     """One delivery of a worker: [messid, sender, host, recipients...] to
     its verdicts()."""
     messid, sender, host = job[:3]
-    recipients, fd = job[3:], -1
+    recipients, control, report = job[3:], setting.control, None
     try:
         fd = open_message(messid, owner)
-        control = setting.control
-        if isinstance(control, bytes):
-            raise Report(control)
-        message = Message(fd, False, control.timeoutremote)
-        world = real_world(control, message, contexts=setting.contexts,
-                           first=setting.name_server)
         try:
-            report = deliver(host, sender, recipients, control, world)
+            if isinstance(control, bytes):
+                raise Report(control)
+            message = Message(fd, False, control.timeoutremote)
+            world = real_world(control, message, contexts=setting.contexts,
+                               first=setting.name_server)
+            try:
+                report = deliver(host, sender, recipients, control, world)
+            finally:
+                setting.name_server = world.resolver.preferred()
         finally:
-            setting.name_server = world.resolver.preferred()
-    except Report as raised:
-        report = raised
-    except MemoryError:
-        report = Report(NO_MEMORY)
-    except Exception:           # not foreseen
-        report = Report(NO_RESOURCES)
-    finally:
-        if fd >= 0:
             os.close(fd)
-    return verdicts(report, len(recipients))
+    except Report as raised:
+        report = report or raised
+    except MemoryError:
+        report = report or Report(NO_MEMORY)
+    except Exception:           # not foreseen
+        report = report or Report(NO_RESOURCES)
+    try:
+        return verdicts(report, len(recipients))
+    except Exception:
+        return verdicts(brief(report), len(recipients))
 
 
 def work(sock, owner, setting):
@@ -4498,22 +4530,25 @@ def spawn():
 
 
 def main():
-    """Runs and reports.  Whatever was not foreseen is a deferral; for a
-    spawner status 111, and qmail-send notices."""
-    status, output = 0, b''
+    """Runs and reports.  Whatever was not foreseen is a deferral, unless
+    the server's verdict is known; for a spawner status 111, and qmail-send
+    notices."""
+    status, report, output = 0, None, b''
     try:
         try:
             if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
                 status = 111
                 status = spawn()
             else:
-                output = output_of(run(sys.argv))
-        except Report as report:
+                report = run(sys.argv)
+        except Report as raised:
+            report = raised
+        if report is not None:
             output = output_of(report)
     except MemoryError:
-        output = NO_MEMORY + b'\0'
+        output = output_of(brief(report)) if report else NO_MEMORY + b'\0'
     except BaseException:
-        output = NO_RESOURCES + b'\0'
+        output = output_of(brief(report)) if report else NO_RESOURCES + b'\0'
     if not status:
         write_output(output)
     os._exit(status)

@@ -1959,11 +1959,19 @@ class Outcomes(Tables):
                 ([b's\0x'], b'Z\0\0y', b's?x\0Z??y\0')):
             self.check(want, qr.output_of, qr.Report(text, recipients))
 
+    def test_brief(self):
+        for recipients, text, want in (
+                ([], b'Kok\nmore\n', b'Kok\n\0'),
+                ([b'r', b'hno\nwhy\n', b'r'], b'Z\n', b'r\0hno\n\0r\0Z\n\0')):
+            self.check(want, lambda: qr.output_of(qr.brief(
+                qr.Report(text, recipients, b'TLS\n'))))
+
     def test_every_sentence(self):
         """Each starts with its letter, ends its line, and holds no NUL."""
         for name, text in vars(qr).items():
             if name.isupper() and isinstance(text, bytes) and \
-                    text.endswith(b'\n') and name != 'QUIT':
+                    text.endswith(b'\n') and name not in (
+                        'QUIT', 'END_OF_DATA'):
                 with self.subTest(name):
                     self.assertNotIn(b'\0', text)
                     self.assertIn(text[:1], b'N' if name in (
@@ -4841,13 +4849,15 @@ class FuzzSocket:
         self.opens, self.broken = case.now, FOREVER
         self.narrow = self.chance.choice((0, 0, 0, 0, 1, 7, 50, 3000))
         self.server, self.closed, self.sent = None, False, bytearray()
-        self.stalled = 0
+        self.stalled = self.pushed = self.received = 0
 
     def setblocking(self, flag):
         pass
 
     def close(self):
         self.closed = True
+        if self.server.has_been_taken() and self.chance.random() < .05:
+            raise OSError(errno.EIO, 'no')
 
     def readable_at(self):
         return self.coming[0][0] if self.coming else FOREVER
@@ -4867,12 +4877,15 @@ class FuzzSocket:
         self.coming.popleft()
         if len(data) > size:
             self.coming.appendleft([self.case.now, data[size:]])
+        self.received += len(data[:size])
         return data[:size]
 
     def send(self, data):
         self.case.step()
         if self.closed:
             raise OSError(errno.EBADF, 'closed')
+        if self.server.has_been_taken() and self.chance.random() < .05:
+            raise self.chance.choice((MemoryError, ValueError, qr.TimedOut))
         if self.case.now >= self.broken:
             raise BrokenPipeError(errno.EPIPE, 'broken pipe')
         if self.case.now < self.opens:
@@ -4898,6 +4911,7 @@ class FuzzSocket:
     def push(self, data, delay):
         """Lets data come in, by pieces, from that many seconds on."""
         self.last = max(self.last, self.case.now + delay)
+        self.pushed += len(data)
         for piece in cut_at_random(self.chance, data, 3) \
                 if self.chance.random() < .2 else (data,):
             if piece:
@@ -4926,7 +4940,8 @@ class FuzzServer:
     clean: all replies so far could be understood; slow: one of them may
     have come too late; mail, end: the codes said to MAIL and to the message,
     or None; recipients: [path, code]; complete: the whole message is in, for
-    somebody."""
+    somebody; taken_at: how many bytes it has sent when 2xx to that is among
+    them, or None."""
 
     def __init__(self, case, sock, index):
         self.case, self.chance, self.sock = case, case.chance, sock
@@ -4939,7 +4954,7 @@ class FuzzServer:
         self.mail = self.end = self.data_code = self.auth = None
         self.recipients, self.body = [], bytearray()
         self.complete = self.early = self.ahead = self.logged_in = False
-        self.end_at = self.said_5xx = None
+        self.end_at = self.said_5xx = self.taken_at = None
         self.offers_tls = False
         sock.server = self
         if case.port == 465 and case.tls_wanted:
@@ -5260,6 +5275,20 @@ class FuzzServer:
             return              # it has had its answer
         code = self.answer(250 if self.somebody() else 503)
         self.end = code
+        if self.complete and self.good(code):
+            self.taken_at = self.sock.pushed
+            if self.chance.random() < .05:
+                self.say(self.chance.choice((
+                    b'421 bye', b'221 bye', b'554 no', b'what?', b'250-',
+                    b'250 ok\r\n250 ok')) + b'\r\n',
+                    self.chance.choice((0, 0, .01, .5)))
+            if self.chance.random() < .02:
+                self.break_off(None, b'')
+
+    def has_been_taken(self):
+        """Whether the client has read that the message is accepted."""
+        return self.taken_at is not None and \
+            self.sock.received >= self.taken_at
 
     def rest_is_fine(self):
         """Holds what came last against the grammar."""
@@ -5626,6 +5655,9 @@ class FuzzCase(FuzzClock):
         """The first law, and that nothing accepted is thought lost."""
         letter = self.text[:1]
         last = self.servers[-1] if self.servers else None
+        self.law(letter == b'K' or last is None or last.stray or
+                 not last.has_been_taken(),
+                 'another letter after a 2xx to the end of the data')
         if last and last.data_code == 354 and last.somebody() and \
                 last.clean and not last.slow and not last.stray:
             self.law(len(self.reports) == len(self.recipients),
@@ -8345,6 +8377,23 @@ class Process(unittest.TestCase):
         except OSError:
             return False
 
+    def test_no_memory_for_the_report(self):
+        """What has become of the message is told all the same."""
+        command = [sys.executable, '-IS', '-c', """if True:
+            import sys
+            sys.path.insert(0, %r)
+            sys.dont_write_bytecode = True
+            import qmail_remote
+
+            def fail(frame, event, arg):
+                if event == 'call' and frame.f_code.co_name == 'output_of':
+                    sys.setprofile(None)
+                    raise MemoryError
+            sys.setprofile(fail)
+            qmail_remote.main()""" % os.path.dirname(PROGRAM)]
+        self.check(self.run_it(command=command), 'r',
+                   ACCEPTED.partition('\n')[0] + '\n')
+
     def test_death_by_signal_is_a_deferral(self):
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM,
                        signal.SIGINT):
@@ -9349,6 +9398,17 @@ def commands(*deliveries):
 
 class SpawnTables(Tables):
     """The pure half of the spawner, and its clockwork."""
+
+    def test_no_memory_for_the_verdicts(self):
+        """What has become of the message is told all the same."""
+        def fail(frame, event, arg):
+            if event == 'call' and frame.f_code is qr.verdicts.__code__:
+                sys.setprofile(None)
+                raise MemoryError
+        self.addCleanup(sys.setprofile, sys.getprofile())
+        sys.setprofile(fail)
+        self.check([qr.SPAWN_NO_OPEN], qr.deliver_job,
+                   [b'0/0', b's@x', b'x', b'r@x'], 0, value_of(qr.Setting))
 
     def test_commands_in_any_pieces(self):
         raw = commands((0, b'a@b'), (255, b'', b'', b''), (120, b'c@d@e'))
@@ -11342,6 +11402,103 @@ class Survey(Tables):
             plain, plain), session.line.sock.data)
 
 
+class LastReply(ScriptedSocket):
+    """A ScriptedSocket whose last reply ends a message.  Once the program
+    has read that, the call that it makes as number `left` fails with
+    error(), be it Python's or C's, until deliver() returns."""
+
+    def __init__(self, received, left, error):
+        ScriptedSocket.__init__(self, received, [])
+        self.last, self.left, self.error = received[-1], left, error
+        self.read, self.failed = False, None
+
+    def recv(self, size):
+        data = super().recv(size)
+        if data is self.last:
+            sys.setprofile(self.profile)
+        return data
+
+    def profile(self, frame, event, arg):
+        if event == 'return' and frame.f_code is qr.Line.reply.__code__:
+            self.read = True
+        elif event == 'return' and frame.f_code is qr.deliver.__code__:
+            sys.setprofile(None)
+        elif self.read and event in ('call', 'c_call'):
+            self.left -= 1
+            if not self.left:
+                self.failed = frame.f_code.co_name, arg
+                raise self.error()
+
+
+class AfterTheVerdict(Tables):
+    """Nothing changes what a 2xx to the end of the data has made of a
+    message, or a 4xx, and a 5xx leads to nothing but D or Z: no call that
+    fails after it, wherever in the program."""
+
+    ERRORS = [MemoryError, lambda: OSError(errno.EIO, 'no'), ValueError,
+              lambda: qr.Report(qr.KILLED), lambda: qr.Lost(b'lost'),
+              qr.TimedOut, lambda: qr.TlsFailed(b'no TLS'),
+              lambda: qr.NextServer(None, b'the next'), KeyboardInterrupt]
+
+    class Resolver:
+        def ask(self, questions):
+            return [qr.Lookup(qr.Lookup.OK, {
+                qr.MX: [(1, b'\1a\0'), (2, b'\1b\0'), (3, b'\1c\0')],
+                qr.A: [b'192.0.2.%d' % name[1]], qr.AAAA: []}[qtype], False,
+                name) for name, qtype in questions]
+
+    def deliver(self, verdict, left, error):
+        """The Report of a delivery while somebody looks on, and the call
+        that failed.  The first exchanger closes the line; the third must not
+        be asked."""
+        talk = [b'220 fake\r\n', b'250 fake\r\n', b'250 ok\r\n',
+                b'250 ok\r\n', b'354 go\r\n', BlockingIOError(), verdict]
+        sock = LastReply([step for words in talk
+                          for step in (BlockingIOError(), words)][1:], left,
+                         error)
+        sockets, clock = [ScriptedSocket([b''], []), sock], VirtualClock()
+        null = os.open(os.devnull, os.O_WRONLY)
+        world = world_of(
+            resolver=self.Resolver(), own=lambda address: False,
+            tcpto=Here(), connect=lambda *_: sockets.pop(0),
+            line=lambda sock: qr.Line(sock, clock.at_once, clock),
+            message=self.message, screen=qr.Screen(null, clock.at_once,
+                                                   clock),
+            tls_control=lambda name: value_of(qr.TlsControl))
+        os.lseek(self.message.fd, 0, os.SEEK_SET)
+        try:
+            # A generator that cannot be closed says so on stderr.
+            with contextlib.redirect_stderr(io.StringIO()):
+                return qr.deliver(b'there.example', b's@x', [b'r@x'],
+                                  control_files(), world), sock.failed
+        finally:
+            sys.setprofile(None)
+            os.close(null)
+
+    def test_no_call_changes_it(self):
+        self.addCleanup(sys.setprofile, sys.getprofile())
+        body = tempfile.TemporaryFile()
+        self.addCleanup(body.close)
+        body.write(b'a\n')
+        body.flush()
+        self.message = qr.Message(body.fileno())
+        for verdict, letters in (
+                (b'250-a\r\n250 b\r\n421 bye\r\n', b'K'),
+                (b'451 later\r\n', b'Z'), (b'554 no\r\n', b'DZ')):
+            for error in self.ERRORS:
+                left, failed = 0, True
+                while failed:
+                    left += 1
+                    got, failed = self.deliver(verdict, left, error)
+                    if got.text[0] not in letters or b'duplicate' in \
+                            got.text or got.recipients != [b'r']:
+                        self.fail('%s after %r and %r' % (
+                            got.text, verdict, failed))
+                self.assertIn(b'192.0.2.97: connection closed\n', got.text)
+                self.assertEqual(letters[:1], got.text[:1])
+                self.assertGreater(left, 20)
+
+
 # ------------------------------------------------------------ TLS: tables
 
 KNOWN_KEYS = {      # openssl x509 -pubkey | openssl pkey -pubin -outform DER
@@ -12871,11 +13028,12 @@ TLSA1 = '_25._tcp.' + MX1
 class Tickets(unittest.TestCase):
     """Sessions resumed by a process that delivers more than once."""
 
-    def deliveries(self, count, connections, trust=None, other=None):
+    def deliveries(self, count, connections, trust=None, other=None,
+                   contexts=None):
         """[(text of the report, what the server saw of TLS)] of deliveries
         by one process.  The server keeps its ticket keys; trust is what
         tlshosts says, other an address for every second delivery."""
-        contexts, kept = qr.TlsContexts(), {}
+        contexts, kept = contexts or qr.TlsContexts(), {}
 
         class Server(FakeESMTP):
             @staticmethod
@@ -12966,6 +13124,15 @@ class Tickets(unittest.TestCase):
             report.split(b'\n')[2].split(b',')[0] for report in reports])
         self.check('none none none none none', 2, [
             closes, closes, IN_CLEAR, closes, IN_CLEAR])
+
+    def test_a_session_that_cannot_be_kept(self):
+        """OpenSSL's form of it has a limit, which a certificate with 2,400
+        names exceeds; the message is delivered all the same."""
+        class Contexts(qr.TlsContexts):
+            def keep(self, key, session):
+                raise ValueError('too long')
+        self.check('full full', 2, [over_tls('relay+ca')] * 2,
+                   contexts=Contexts())
 
     def test_a_lost_key(self):
         """A server that has forgotten its keys: a whole handshake."""
