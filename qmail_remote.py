@@ -92,7 +92,9 @@ DESCRIPTION
     connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
     to the next one.  After that the server's word is final.  If no server is
     left, the message bounces if each one that could be reached refused the
-    sender with 5xx; otherwise it is tried again later.
+    sender with 5xx; otherwise it is tried again later.  That a server does
+    not offer SMTPUTF8 counts as such a refusal, if the sender or all of the
+    recipients need it; if some do, the others are sent to.
 
     TLS is used where the server offers STARTTLS; if it fails, the message
     goes to the same address in the clear.  What is refused then with a code
@@ -200,6 +202,10 @@ REPORTS
         Giving up: no address is left to send to. (#5.1.3)
         IP does not take non-ASCII addresses, such as the sender's. (#5.6.7)
         IP does not take non-ASCII addresses. (#5.6.7)
+
+    For now (s), because others of its recipients could be sent to:
+
+        IP does not take non-ASCII addresses. (#4.6.7)
 
     By the server's reply for good (5xx: D, h) or for now (4xx: Z, s):
 
@@ -577,7 +583,8 @@ BAD_RECIPIENT = b'hSorry, that address cannot be sent over SMTP. (#5.1.3)\n'
 NO_RECIPIENT = b'DGiving up: no address is left to send to. (#5.1.3)\n'
 SENDER_8BIT = b'D%s does not take non-ASCII addresses, such as the ' \
     b"sender's. (#5.6.7)\n"
-RECIPIENT_8BIT = b'h%s does not take non-ASCII addresses. (#5.6.7)\n'
+RECIPIENTS_8BIT = b'D%s does not take non-ASCII addresses. (#5.6.7)\n'
+RECIPIENT_8BIT = b's%s does not take non-ASCII addresses. (#4.6.7)\n'
 
 # The refusals and losses of a session; %s is the server's IP address.
 GREETING_FAILED = b'ZConnected to %s but greeting failed.\n'
@@ -3508,8 +3515,7 @@ class Session:
         mail = self.mail_command()
         recipients = [b'RCPT TO:<' + address + b'>' for address
                       in self.envelope.recipients if self.sendable(address)]
-        replies = self.exchange([mail] + recipients + [b'DATA']
-                                if recipients else [mail])
+        replies = self.exchange([mail] + recipients + [b'DATA'])
         if b'PIPELINING' in self.offered:
             self.envelope.told = True
         self.mail_reply(next(replies))
@@ -3534,15 +3540,26 @@ class Session:
             parameters += b' SIZE=%d' % size
         if eight_bit and b'8BITMIME' in self.offered:
             parameters += b' BODY=8BITMIME'
-        if any(address and non_ascii(address)
-               for address in [sender] + self.envelope.recipients):
-            if b'SMTPUTF8' in self.offered:
-                parameters += b' SMTPUTF8'
-            elif non_ascii(sender):
-                self.quit()
-                raise self.ended(self.softened(SENDER_8BIT % self.address),
-                                 None, b'no SMTPUTF8')
+        if b'SMTPUTF8' not in self.offered:
+            self.without_smtputf8()
+        elif any(address and non_ascii(address)
+                 for address in [sender] + self.envelope.recipients):
+            parameters += b' SMTPUTF8'
         return b'MAIL FROM:<' + sender + b'>' + parameters
+
+    def without_smtputf8(self):
+        """That the server does not offer it is a refusal, if the sender or
+        all recipients need it: raises NextServer."""
+        if non_ascii(self.envelope.sender):
+            text = SENDER_8BIT
+        elif not any(map(self.sendable, self.envelope.recipients)):
+            text = RECIPIENTS_8BIT
+        else:
+            return
+        self.quit()
+        text = self.softened(text % self.address)
+        raise NextServer(text + self.unauthenticated, b'no SMTPUTF8', True,
+                         text.startswith(b'D'), self.tail)
 
     def sendable(self, address):
         """Whether there will be a RCPT for this recipient."""
@@ -3559,7 +3576,7 @@ class Session:
         if address is None:
             return BAD_RECIPIENT
         if not self.sendable(address):
-            return self.softened(RECIPIENT_8BIT % self.address)
+            return RECIPIENT_8BIT % self.address
         reply = self.expect(next(replies))
         if reply.kind() == 2:
             return b'r'
@@ -3579,7 +3596,7 @@ class Session:
         try:
             if b'PIPELINING' in self.offered and next(replies).code == 354:
                 before = END_OF_DATA
-        except (Lost, StopIteration):
+        except Lost:
             pass
         self.quit(before)
         text = GIVING_UP % self.address
@@ -4266,7 +4283,8 @@ class Spawner:
     def gather(self, command):
         """Holds it back for others like it.  qmail-send goes through one
         message after the other, so the next one ends the wait.  Whether an
-        address is ASCII matters, for it decides what MAIL asks for."""
+        address is ASCII matters: it decides what MAIL asks for, and whether a
+        server without SMTPUTF8 is left for another one."""
         for key in list(self.gathering):
             if key[0] != command.messid:
                 self.due.append(self.gathering.pop(key)[1])

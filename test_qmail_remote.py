@@ -5626,10 +5626,14 @@ class FuzzCase(FuzzClock):
         codes = list(server.recipients) if server else []
         earlier = False
         for record, (_, path) in zip(self.reports, self.recipients):
-            unsent = path is None or b'#5.6.7' in record and \
-                any(c > 127 for c in path)
-            if unsent:
-                self.law(record != b'r', 'a bad address is not told of')
+            if path is None:
+                self.law(record[:1] == b'h', 'a bad address is not told of')
+                continue
+            if b'#4.6.7' in record and any(c > 127 for c in path):
+                self.law(record[:1] == b's', 'not for now')
+                self.law(not all(path is None or any(c > 127 for c in path)
+                                 for _, path in self.recipients),
+                         'and no next server')
                 continue
             if server is None or server.stray:
                 return
@@ -5716,7 +5720,7 @@ class FuzzCase(FuzzClock):
             self.law(all(path is None for _, path in self.recipients),
                      'recipients left')
         elif b'#5.6.7' in head:
-            self.law(any(c > 127 for c in self.sender[1]), 'ASCII')
+            self.judge_no_smtputf8()
         elif self.text.startswith(b'DGiving up'):
             self.law(all(record[:1] == b'h' for record in self.reports),
                      'not all of them are refused')
@@ -5732,9 +5736,19 @@ class FuzzCase(FuzzClock):
                 self.law(code and code >= 500 and code != 530,
                          'D for %s' % code)
 
+    def judge_no_smtputf8(self):
+        """Each server that was reached has refused for good, or has no
+        SMTPUTF8."""
+        self.law(any(c > 127 for c in self.sender[1]) or
+                 all(path is None or any(c > 127 for c in path)
+                     for _, path in self.recipients), 'ASCII')
+        self.judge_sender_refused()
+
     def judge_sender_refused(self):
         """By each that was reached."""
-        foreign = any(c > 127 for c in self.sender[1])
+        foreign = any(c > 127 for c in self.sender[1]) or all(
+            path is None or any(c > 127 for c in path)
+            for _, path in self.recipients)
         for address in {server.index for server in self.servers}:
             server = [server for server in self.servers
                       if server.index == address][-1]
@@ -7471,8 +7485,8 @@ class Addresses(Dialogues):
                 quiet=True, local=True),
             row('not ASCII, and no SMTPUTF8',
                 self.talk(['<one@there.example>']),
-                Like('h', '#5.6.7'), Like('h', '#5.6.7'), Like('h'), 'r',
-                ACCEPTED, recipients=[
+                *[Like('s127.0.0.1 does not take', '#4.6.7')] * 3 + ['r',
+                ACCEPTED], recipients=[
                     'm\u00fcller@there.example'.encode(),
                     'a@m\u00fcller.example'.encode(),
                     b'm\xfcller@there.example'] + RECIPIENTS[:1],
@@ -11130,8 +11144,6 @@ class Parameters(Dialogues):
         rest = ('S: 250 ok\nC: DATA\nS: 354 go\nD:\nS: 250 queued\nQ:')
         to_one = 'S: 250 ok\n' + RCPT + rest
         from_ = 'C: MAIL FROM:<%s>'
-        eight = '127.0.0.1 does not take non-ASCII addresses'
-        nobody = ['h%s. (#5.6.7)\n' % eight, 'D' + GIVES_UP]
         self.play([
             row('the sender', offer + from_ % sender + ' SMTPUTF8\n'
                 + to_one, 'r', ACCEPTED, sender=sender.encode()),
@@ -11151,26 +11163,81 @@ class Parameters(Dialogues):
                 + from_ % '"m\u00fcller x"@here.example' + ' SMTPUTF8\n'
                 + to_one, 'r', ACCEPTED,
                 sender='m\u00fcller x@here.example'.encode()),
-            row('not offered: the sender', PIPED + 'C: QUIT\nS: 221 bye',
-                "D%s, such as the sender's. (#5.6.7)\n" % eight, local=True,
-                sender=sender.encode()),
-            row('not offered: the sender; the next server', {
-                '127.0.0.2': PIPED + 'C: QUIT\nS: 221 bye',
-                '127.0.0.3': offer + from_ % sender + ' SMTPUTF8\n'
-                + to_one}, 'r', Like('K127.0.0.3 accepted message.\n'),
-                sender=sender.encode()),
-            row('not offered: one of two recipients', PIPED + FLIGHT
-                + says(*OK) + DATA_TAKEN, nobody[0], 'r', ACCEPTED,
-                recipients=[other.encode(), RECIPIENTS[0]], local=True),
-            row('not offered: the only recipient', TO_EHLO + 'S: 250 fake\n'
-                + MAIL + 'S: 250 ok\nC: QUIT\nS: 221 bye', *nobody,
-                recipients=[other.encode()], local=True),
-            row('not offered: the only recipient, pipelined', PIPED + MAIL
-                + 'S: 250 ok\nC: QUIT\nS: 221 bye', *nobody,
-                recipients=[other.encode()], local=True),
             row('refused', offer + from_ % sender + ' SMTPUTF8\n'
                 'S: 550 no\nQ:', 'D' + SENDER_NO % '550 no',
                 sender=sender.encode())])
+
+    def test_smtputf8_is_not_offered(self):
+        """A refusal, if the sender or all recipients need it: the next
+        server.  If only some need it, the others get the mail."""
+        sender, other = 'm\u00fcller@here.example', 'one@th\u00e9re.example'
+        lacks = PIPED + 'C: QUIT\nS: 221 bye'
+        has = (hello('SMTPUTF8') + 'C: MAIL FROM:<%s> SMTPUTF8\nS: 250 ok\n'
+               'C: RCPT TO:<%s>\nS: 250 ok\nC: DATA\nS: 354 go\nD:\n'
+               'S: 250 queued\nQ:')
+        eight = '%s127.0.0.%d does not take non-ASCII addresses'
+        no_sender = eight + ", such as the sender's. (#5.6.7)\n"
+        note = 'no supported AUTH method found'
+        second = Like('K127.0.0.3 accepted message.\n',
+                      '127.0.0.2: no SMTPUTF8\n')
+
+        def two(title, first, other_server, *reports, **options):
+            return row(title, {'127.0.0.2': first,
+                               '127.0.0.3': other_server}, *reports,
+                       **dict(options, local=True))
+
+        def both(title, script, *reports, **options):
+            """A row for the sender, and one for the recipients."""
+            return [row(title + ': ' + who, script, *reports, local=True,
+                        **dict(options, **need))
+                    for who, need in (
+                        ('the sender', {'sender': sender.encode()}),
+                        ('all recipients', {'recipients': [
+                            other.encode(), b'a@b\rc',
+                            'two@th\u00e9re.example'.encode()]}))]
+        need = {'sender': sender.encode()}
+        rows = both('one server', lacks, Like(eight % ('D', 1), '(#5.6.7)\n'))
+        rows += both('HELO only', TO_EHLO + 'S: 500 what?\nC: HELO '
+                     'me.example\nS: 250 fake\nC: QUIT', Like(
+                         eight % ('D', 1)))
+        rows += both('two servers', {'127.0.0.2': lacks, '127.0.0.3': lacks},
+                     Like(eight % ('D', 2), '127.0.0.2: no SMTPUTF8\n',
+                          '127.0.0.3: no SMTPUTF8\n'))
+        rows += both('the other one is not there', {
+            '127.0.0.2': None, '127.0.0.3': lacks}, Like(eight % ('D', 3)))
+        rows += both('the other one dies', {
+            '127.0.0.2': 'close', '127.0.0.3': lacks}, Like(eight % ('Z', 3)))
+        rows += both('the other one greets with 5xx', {
+            '127.0.0.2': lacks, '127.0.0.3': 'S: 554 no\nQ:'},
+            Like(eight % ('Z', 2)))
+        rows += both('no AUTH', lacks, Like(eight % ('Z', 1), note), control={
+            'smtproutes': b':127.0.0.1:PORT|user|password'})
+        rows += both('no TLS', [ASK + 'S: 454 not now\nQ:',
+                                OFFER + 'C: QUIT'],
+                     Like(eight % ('Z', 1), 'TLS failed: STARTTLS refused'))
+        rows += [
+            two('the next server, for the sender', lacks,
+                has % (sender, RECIPIENTS[0]), 'r', second, **need),
+            two('the next server, for the recipient', lacks,
+                has % (SENDER, other), 'r', second,
+                recipients=[other.encode()]),
+            two('the next server refuses MAIL for now', lacks, hello(
+                'SMTPUTF8') + 'C: MAIL FROM:*\nS: 450 later\nQ:',
+                Like(no_sender % ('Z', 2)), **need),
+            two('the next server refuses MAIL for good', lacks, hello(
+                'SMTPUTF8') + 'C: MAIL FROM:*\nS: 550 no\nQ:',
+                Like(no_sender % ('D', 2)), **need),
+            two('some recipients', PIPED + FLIGHT + says(*OK) + DATA_TAKEN,
+                [], Like(eight % ('s', 2), '(#4.6.7)\n'), 'r',
+                'K127.0.0.2 accepted message.\nRemote host said: '
+                '250 queued\n', recipients=[other.encode(), RECIPIENTS[0]]),
+            two('some recipients, and the others are refused', TO_RCPT
+                + 'S: 550 no\nQ:', [],
+                'h127.0.0.2 does not like recipient.\n'
+                'Remote host said: 550 no\n', Like(eight % ('s', 2)),
+                'ZGiving up on 127.0.0.2.\n',
+                recipients=[RECIPIENTS[0], other.encode()])]
+        self.play(rows)
 
 
 class ScriptedSocket(Scripted):
@@ -13972,8 +14039,7 @@ class MailServer:
                 ('the sender', (sender, PEER_RECIPIENT),
                  [b"D%s, such as the sender's. (#5.6.7)\n" % eight]),
                 ('the recipient', (PEER_SENDER, recipient),
-                 [b'h%s. (#5.6.7)\n' % eight,
-                  b'DGiving up on 127.0.0.1.\n'])]:
+                 [b'D%s. (#5.6.7)\n' % eight])]:
             with self.subTest(title), \
                     Home(smtproutes=b':' + self.route()) as home:
                 self.check_reports(
