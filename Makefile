@@ -48,91 +48,182 @@ fuzz:
 bench:
 	@PEER='$(PEER)' $(PYTHON) -B test_qmail_remote.py bench
 
-# The manual in the program is its only source.
-qmail-remote.8: qmail_remote.py test_qmail_remote.py
-	$(PYTHON) -B test_qmail_remote.py manual >qmail-remote.8.new
+# The manual in the program is its only source.  A paragraph that holds
+# examples keeps its lines.
+AWK = awk
+PAGE = sed -n '/^__doc__ = /,/^"""/{ /^__doc__/d; /^"""/d; p; }' \
+	qmail_remote.py | sed -e 's/\\\\/\\e/g' -e 's/-/\\-/g' \
+	-e "s/'/\\\\(aq/g" -e 's/`/\\(ga/g' -e 's/\^/\\(ha/g' \
+	-e 's/~/\\(ti/g' -e 's/^    \./    \\\&./' | \
+	$(AWK) 'BEGIN { RS = ""; FS = "\n"; \
+	    print ".TH QMAIL-REMOTE 8 2026-11-24 qmail_remote.py" } \
+	{ heading = $$1 !~ /^ /; keep = ("\n" $$0) ~ /\n     /; \
+	    print heading ? ".SH " $$1 : ".PP"; \
+	    if (keep) print ".nf"; \
+	    for (i = 1 + heading; i <= NF; i++) \
+	        if ($$i != "") print substr($$i, 5); \
+	    if (keep) print ".fi" }'
+
+qmail-remote.8: qmail_remote.py
+	$(PAGE) >qmail-remote.8.new
 	mv qmail-remote.8.new qmail-remote.8
 
-# The installed file names its interpreter by an absolute path, and has been
-# run by it before it takes the place of another.  The bytecode is only for
-# this very file (time and size) and this very Python; without docstrings and
-# columns, which nobody sees, it loads in 0.1 ms less.  umask: qmailr has to
-# reach all of it, and qmail bounces mail if it cannot.
-install:
-	umask 022; mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(LIBDIR)'
-	umask 022; \
-	python=$$($(PYTHON) -ISc 'import sys; print(sys.executable)') && \
-	here=$$(pwd) && cd '$(DESTDIR)$(LIBDIR)' && \
-	case "$$python" in \
-	/*) ;; \
-	*) echo "$(PYTHON) does not say where it is." >&2; exit 1 ;; \
-	esac && \
+# Arguments: a source, where it will be, and what it calls itself.  Bytecode
+# without docstrings and columns, which nobody sees, loads in 0.1 ms less.
+COMPILE = import importlib.util as u, py_compile as c, sys; \
+	source, place, name = sys.argv[1:]; \
+	c.compile(source, u.cache_from_source(place), name, True, 2)
+
+# Runs a command as qmail would: as qmailr (or, where there is no such user,
+# as somebody without rights), in no other group, with no environment.
+# Arguments: user id, group id, command.
+AS_QMAILR = import os, sys; uid, gid = map(int, sys.argv[1:3]); \
+	os.chdir("/"); os.setgroups([gid]); os.setgid(gid); os.setuid(uid); \
+	os.execve(sys.argv[3], sys.argv[3:], {})
+
+# What qmailr has to reach in control, beside the files that each delivery
+# reads before anything else.
+TLS_FILES = refuse() { echo "qmailr cannot read control/$$1"; exit 1; }; \
+	absent() { [ ! -e "$$1" ] && [ ! -L "$$1" ]; }; \
+	cd "$$0/control" || exit 1; for f in tlshosts notlshosts; do \
+	    [ -x $$f/. ] || absent $$f || refuse $$f; done; \
+	for f in clientcert.pem tlsclientciphers tlshosts/*.pem \
+	    notlshosts/*; do { [ -f "$$f" ] && [ -r "$$f" ]; } || absent "$$f" || \
+	    refuse "$$f"; done
+
+# The installed file names its interpreter by an absolute path, and its qmail
+# home.  All that can go wrong is tried on the new file, in a directory of its
+# own, before it takes the place of another by rename: whether qmailr can run
+# it (qmail bounces mail if not); if qmail is to use it ($program), or does so
+# already, whether the control files are good; whether the old program can be
+# saved.  The bytecode is only for this very file (time and size) and this very
+# Python.
+INSTALL = umask 022; lib='$(DESTDIR)$(LIBDIR)'; bin='$(DESTDIR)$(BINDIR)'; \
+	page='$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'; \
+	file='$(LIBDIR)/qmail_remote.py'; new=$$lib/qmail_remote.new; \
+	home='$(DESTDIR)$(QMAIL_HOME)'; old=$$home/bin/$$program; \
+	ours='Copyright (c) 2026 the qmail_remote.py authors'; \
+	refuse() { rm -rf "$$new"; echo "$$1; nothing is changed." >&2; \
+	    exit 1; }; \
+	try() { if [ "$$uid" ]; then \
+	        "$$python" -ISc '$(AS_QMAILR)' $$uid $$gid "$$@"; \
+	    else env - "$$@"; fi </dev/null 2>/dev/null; }; \
+	case '$(LIBDIR) $(QMAIL_HOME)' in /*' '/*) ;; \
+	*) refuse 'LIBDIR and QMAIL_HOME must begin with /' ;; esac; \
+	python=$$($(PYTHON) -ISc 'import sys; print(sys.executable)') || :; \
+	case "$$python" in /*) ;; \
+	*) refuse '$(PYTHON) does not say where it is' ;; esac; \
+	uid=; gid=; user=you; \
+	if [ -z '$(DESTDIR)' ] && [ "$$(id -u)" = 0 ]; then \
+	    user=qmailr; uid=$$(id -u qmailr 2>/dev/null) && \
+	    gid=$$(id -g qmailr) || { uid=65534; gid=65534; \
+	    user='a user without rights, such as qmailr,'; }; \
+	    try /bin/sh -c : || { uid=; user=you; }; fi; \
+	if [ "$$program" ] && [ ! -d "$$home/bin" ]; then \
+	    refuse "There is no $$home/bin"; fi; \
+	rm -rf "$$new"; \
+	mkdir -p "$$new" "$$bin" "$${page%/*}" && $(PAGE) >"$$new/page" && \
 	sed -e "s|^LC_ALL=C python3 |LC_ALL=C $$python |" \
 	    -e 's|^QMAIL_HOME = .*|QMAIL_HOME = b"$(QMAIL_HOME)"|' \
-	    "$$here/qmail_remote.py" >qmail_remote.new && \
-	chmod 755 qmail_remote.new && \
-	{ ./qmail_remote.new </dev/null | grep '^DI (qmail-remote)' >/dev/null || \
-	    { echo "$$python cannot run it; nothing is changed." >&2; \
-	    rm qmail_remote.new; exit 1; }; } && \
-	mv qmail_remote.new qmail_remote.py && \
-	mkdir -p __pycache__ && chmod 755 __pycache__ && \
-	"$$python" -X no_debug_ranges -ISc 'import importlib.util as u, \
-	    py_compile as c; f = "qmail_remote.py"; c.compile(f, \
-	    u.cache_from_source(f), "$(LIBDIR)/" + f, True, 2)' && \
-	chmod 644 __pycache__/qmail_remote.*
-	ln -sf '$(LIBDIR)/qmail_remote.py' '$(DESTDIR)$(BINDIR)/qmail_remote.py'
-	umask 022; page='$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'; \
-	mkdir -p '$(DESTDIR)$(MANDIR)/man8' && \
-	$(PYTHON) -B test_qmail_remote.py manual >"$$page.new" && \
-	chmod 644 "$$page.new" && mv "$$page.new" "$$page"
-	@echo 'Now let qmailr run it, before qmail does: README, section 3.'
+	    qmail_remote.py >"$$new/qmail_remote.py" && \
+	chmod 755 "$$new/qmail_remote.py" && chmod 644 "$$new/page" || \
+	    refuse "Cannot write to $$lib"; \
+	try "$$new/qmail_remote.py" | grep '^DI (qmail-remote)' >/dev/null || \
+	    refuse "With $$python $$user cannot run it"; \
+	used=$$program; for link in qmail-remote qmail-rspawn; do \
+	    [ "$$home/bin/$$link" -ef "$$lib/qmail_remote.py" ] && \
+	        used=$$used$$link; done; \
+	if [ "$$used" ] && [ -z '$(DESTDIR)' ]; then \
+	    said=$$(try "$$new/qmail_remote.py" x '@<' x | \
+	        tr -d '\000' | sed 's/^Z//'); \
+	    case $$said in "DSorry, that sender address "*) ;; \
+	    *) refuse "As qmailr a delivery would say: $$said" ;; esac; \
+	    said=$$(try /bin/sh -c '$(TLS_FILES)' '$(QMAIL_HOME)') || \
+	        refuse "$$said"; \
+	fi; \
+	case $$used in *qmail-rspawn*) [ '$(DESTDIR)' ] || { \
+	    ln -s qmail_remote.py "$$new/qmail-rspawn"; \
+	    [ $$(try "$$new/qmail-rspawn" | wc -c) -eq 1 ] || \
+	        refuse 'As qmail-rspawn it does not start'; } ;; esac; \
+	if [ "$$program" ] && [ -e "$$old" ] && \
+	    ! grep "$$ours" "$$old" >/dev/null; then \
+	    if [ -e "$$old.classic" ] || [ -L "$$old.classic" ]; then \
+	        cmp -s "$$old" "$$old.classic" || refuse "$$old is not ours, and \
+	$$old.classic is another program: move one away"; \
+	    else \
+	        rm -f "$$old.classic.new" && \
+	        cp -p "$$old" "$$old.classic.new" && \
+	        mv -f "$$old.classic.new" "$$old.classic" || \
+	            refuse "Cannot save $$old"; \
+	    fi; \
+	fi; \
+	mkdir -p "$$lib/__pycache__" && chmod 755 "$$lib/__pycache__" && \
+	"$$python" -X no_debug_ranges -ISc '$(COMPILE)' \
+	    "$$new/qmail_remote.py" "$$lib/qmail_remote.py" "$$file" && \
+	chmod 644 "$$lib"/__pycache__/qmail_remote.* || \
+	    refuse "Cannot compile it"; \
+	diff qmail_remote.py "$$new/qmail_remote.py" || :; \
+	mv -f "$$new/qmail_remote.py" "$$lib/qmail_remote.py" && \
+	mv -f "$$new/page" "$$page" && rm -rf "$$new" || exit 1; \
+	if [ "$$(cd "$$bin" && pwd -P)" != "$$(cd "$$lib" && pwd -P)" ]; then \
+	    rm -f "$$bin/qmail_remote.new" && \
+	    ln -s "$$file" "$$bin/qmail_remote.new" && \
+	    mv -f "$$bin/qmail_remote.new" "$$bin/qmail_remote.py" || exit 1; \
+	fi; \
+	if [ "$$program" ]; then \
+	    rm -f "$$old.new" && ln -s "$$file" "$$old.new" && \
+	    mv -f "$$old.new" "$$old" || exit 1; \
+	    echo "$$old is now a link to $$file."; \
+	fi; \
+	[ "$$user" = qmailr ] || \
+	    echo 'Let qmailr run it, before qmail does: README, section 3.'
 
-# In the place of qmail's own program, by rename: a delivery finds the one or
-# the other, for qmail bounces mail if there is none.  What is ours already,
-# under whatever PREFIX, is not saved over the old one.  qmailr runs it first.
-install-qmail: install
-	@program=qmail-remote; $(REPLACE)
+install:
+	@program=; $(INSTALL)
 
-install-qmail-rspawn: install
-	@program=qmail-rspawn; $(REPLACE) && \
+# In the place of qmail's own program, which is saved.
+install-qmail:
+	@program=qmail-remote; $(INSTALL)
+
+install-qmail-rspawn:
+	@program=qmail-rspawn; $(INSTALL); \
 	echo 'qmail-send uses it when qmail is started again.'
 
-REPLACE = umask 022; link='$(LIBDIR)/qmail_remote.py'; \
-	cd '$(DESTDIR)$(QMAIL_HOME)/bin' || exit 1; \
-	if [ -z '$(DESTDIR)' ] && [ "$$(uname)" = Linux ] && \
-	    [ "$$(id -u)" = 0 ] && id qmailr >/dev/null 2>&1; then \
-	    su -s /bin/sh qmailr -c "'$$link'" </dev/null | \
-	        grep '^DI (qmail-remote)' >/dev/null || \
-	        { echo "qmailr cannot run $$link; nothing is changed." >&2; \
-	        exit 1; }; \
-	fi; \
-	rm -f $$program.new $$program.classic.new && \
-	if [ -e $$program ] && \
-	    ! grep '^LC_ALL=C .* -ISB -X under_sh ' $$program >/dev/null; then \
-	    cp -p $$program $$program.classic.new && \
-	    mv $$program.classic.new $$program.classic; \
-	fi && \
-	ln -s "$$link" $$program.new && mv $$program.new $$program && \
-	echo "$$(pwd)/$$program is now a link to $$link."
-
-# First the old programs come back, then ours goes.
-uninstall:
-	@link='$(LIBDIR)/qmail_remote.py'; \
-	for program in qmail-remote qmail-rspawn; do \
-	    if cd '$(DESTDIR)$(QMAIL_HOME)/bin' 2>/dev/null && \
-	        [ "$$(readlink $$program)" = "$$link" ]; then \
-	        if [ -e $$program.classic ]; then \
-	            mv $$program.classic $$program && \
-	            echo "$$(pwd)/$$program is the old one again."; \
-	        else \
-	            rm $$program && \
-	            echo "$$(pwd)/$$program is gone; there was none before."; \
-	        fi; \
+# The old programs come back, whatever link leads to ours.  One that has no
+# old program stays, or qmail would bounce all mail; then ours stays, too.
+# $root: before all paths; $lib and $bin: where ours is; $home: if it does not
+# say so itself.
+RESTORE = ours=$$root$$lib/qmail_remote.py; left=; \
+	said=$$(sed -n "s/^QMAIL_HOME = b*\"\(.*\)\".*/\1/p" "$$ours" \
+	    2>/dev/null) || :; [ "$$said" ] || said=$$home; \
+	for link in "$$root$$said"/bin/* "$$root$$home"/bin/*; do \
+	    [ -L "$$link" ] && \
+	        [ "$$link" != "$$root$$bin/qmail_remote.py" ] || continue; \
+	    case $$(readlink "$$link") in \
+	    "$$lib/qmail_remote.py" | "$$bin/qmail_remote.py") ;; \
+	    *) [ "$$link" -ef "$$ours" ] || continue ;; esac; \
+	    if [ -f "$$link.classic" ] && \
+	        ! [ "$$link.classic" -ef "$$ours" ] && \
+	        mv -f "$$link.classic" "$$link"; then \
+	        echo "$$link is the old one again."; \
+	    else \
+	        echo "$$link is a link to $$ours, and there is no \
+	$$link.classic: put another program there first." >&2; \
+	        left=yes; \
 	    fi; \
-	done
-	rm -f '$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'
-	rm -f '$(DESTDIR)$(BINDIR)/qmail_remote.py'
-	rm -rf '$(DESTDIR)$(LIBDIR)'
+	done; \
+	if [ "$$left" ]; then echo "$$ours stays." >&2; exit 1; fi
+
+uninstall:
+	@root='$(DESTDIR)'; lib='$(LIBDIR)'; bin='$(BINDIR)'; \
+	home='$(QMAIL_HOME)'; $(RESTORE); \
+	if [ "$$(readlink "$$root$$bin/qmail_remote.py")" = \
+	    "$$lib/qmail_remote.py" ]; then \
+	    rm -f "$$root$$bin/qmail_remote.py"; \
+	fi && \
+	rm -f '$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8' "$$ours" \
+	    "$$root$$lib"/__pycache__/qmail_remote.* || exit 1; \
+	rmdir "$$root$$lib/__pycache__" "$$root$$lib" 2>/dev/null || :
 
 # A quick proof, with nothing but dpkg-deb.  The bytecode is made where the
 # package is installed, for the Python there.
@@ -158,13 +249,15 @@ deb:
 	    ' It is not used until QMAILREMOTE or a link says so.' \
 	    >$(DEB)/control && \
 	printf '%s\n' '#!/bin/sh' 'set -e' 'umask 022' \
-	    '/usr/bin/python3 -X no_debug_ranges -ISc "' \
-	    'import importlib.util as u, py_compile as c' \
-	    'f = \"/usr/lib/qmail-remote/qmail_remote.py\"' \
-	    'c.compile(f, u.cache_from_source(f), f, True, 2)"' \
+	    'file=/usr/lib/qmail-remote/qmail_remote.py' \
+	    '$(DEBPYTHON) -X no_debug_ranges -ISc "$(COMPILE)" \' \
+	    '    "$$DPKG_ROOT$$file" "$$DPKG_ROOT$$file" $$file' \
 	    >$(DEB)/postinst && \
 	printf '%s\n' '#!/bin/sh' 'set -e' \
-	    'rm -rf /usr/lib/qmail-remote/__pycache__' >$(DEB)/prerm && \
+	    'root=$$DPKG_ROOT lib=/usr/lib/qmail-remote bin=/usr/bin' \
+	    'home=$(QMAIL_HOME)' 'if [ "$$1" = remove ]; then' \
+	    '$(RESTORE)' 'fi' 'rm -rf "$$root$$lib/__pycache__"' \
+	    >$(DEB)/prerm && \
 	chmod 755 $(DEB)/postinst $(DEB)/prerm && \
 	dpkg-deb --root-owner-group --build deb.new \
 	    "qmail-remote-py_$${version}_all.deb"

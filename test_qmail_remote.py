@@ -9292,70 +9292,6 @@ class Start(unittest.TestCase):
         for size in ends[::len(ends) // 4]:
             self.assertEqual(111, self.status(['/bin/sh'], whole[:size]))
 
-    def test_install(self):
-        """make install and uninstall, in a directory of their own."""
-        if shutil.which('make') is None:
-            self.skipTest('no make')
-        prefix = os.path.join(self.dir, 'prefix')
-        with Home() as home:
-            command = ['make', '-s', '-C', HERE, 'PREFIX=' + prefix,
-                       'PYTHON=' + sys.executable, 'QMAIL_HOME=' + home.path]
-            # A tight umask of root's must not keep qmailr out.
-            subprocess.check_call(
-                ['sh', '-c', 'umask 077; exec "$@" >/dev/null', 'sh'] +
-                command + ['install'], cwd=HERE)
-            for top, _, names in os.walk(prefix):
-                for path in [top] + [os.path.join(top, n) for n in names]:
-                    self.assertEqual(0o44, os.stat(path).st_mode & 0o44, path)
-            installed = os.path.join(prefix, 'bin', 'qmail_remote.py')
-            outcome = run_program(None, '[127.0.0.1]', 'a@b', 'c@d',
-                                  command=[installed],
-                                  env={'PATH': '/nonexistent',
-                                       'QMAILHOME': ''})
-            self.assertEqual([qr.OWN_ADDRESS], outcome.reports)
-            files = sorted(
-                os.path.relpath(os.path.join(top, name), prefix)
-                for top, _, names in os.walk(prefix) for name in names)
-            library = os.path.join('lib', 'qmail-remote')
-            self.assertEqual(
-                ['bin/qmail_remote.py', os.path.relpath(
-                    importlib.util.cache_from_source(os.path.join(
-                        library, 'qmail_remote.py')), '.'),
-                 os.path.join(library, 'qmail_remote.py'),
-                 'share/man/man8/qmail_remote.py.8'], files)
-            subprocess.check_call(command + ['uninstall'], cwd=HERE)
-            self.assertEqual([], [name for _, _, names in os.walk(prefix)
-                                  for name in names])
-
-    def test_install_refuses(self):
-        """A Python that cannot run it, or does not know where it is: said
-        in a sentence, and what was there stays."""
-        if shutil.which('make') is None:
-            self.skipTest('no make')
-        prefix = os.path.join(self.dir, 'prefix')
-        library = os.path.join(prefix, 'lib', 'qmail-remote')
-        os.makedirs(library)
-        installed = os.path.join(library, 'qmail_remote.py')
-        with open(installed, 'w') as f:
-            f.write('the one before')
-        broken = os.path.join(self.bin, 'broken')
-        for script, why in (
-                ('case $1 in -ISc) echo %s ;; *) exit 1 ;; esac' % broken,
-                'cannot run it; nothing is changed'),
-                ('echo python3', 'does not say where it is')):
-            with open(broken, 'w') as f:
-                f.write('#!/bin/sh\n%s\n' % script)
-            os.chmod(broken, 0o755)
-            done = subprocess.run(
-                ['make', '-s', '-C', HERE, 'install', 'PREFIX=' + prefix,
-                 'PYTHON=' + broken], stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, timeout=30)
-            self.assertNotEqual(0, done.returncode)
-            self.assertIn(why, done.stdout.decode())
-            self.assertEqual(['qmail_remote.py'], os.listdir(library))
-            with open(installed) as f:
-                self.assertEqual('the one before', f.read())
-
     def test_options_of_python(self):
         """No PYTHON variables, no site, no new bytecode, no locale."""
         os.unlink(os.path.join(self.bin, 'python3'))
@@ -10447,31 +10383,6 @@ class Spawn(unittest.TestCase):
                                for text in reports.values()), 20)
 
 
-def manual_page(text):
-    """The manual as a man(7) page.  A paragraph whose lines all begin in
-    the same column of prose is filled; all else keeps its lines."""
-    page = ['.TH QMAIL-REMOTE 8 2026-11-24 qmail_remote.py']
-    for block in text.rstrip('\n').split('\n\n'):
-        lines = block.split('\n')
-        if not lines[0].startswith(' '):
-            page.append('.SH ' + lines.pop(0))
-        elif page[-1][:4] != '.SH ':
-            page.append('.PP')
-        lines = [roff(line[4:]) for line in lines]
-        if any(line.startswith(' ') for line in lines):
-            lines = ['.nf'] + lines + ['.fi']
-        page += lines
-    return '\n'.join(page) + '\n'
-
-
-def roff(line):
-    """A line as roff wants it, to appear byte for byte."""
-    line = line.replace('\\', '\\e').replace('-', '\\-')
-    line = line.replace("'", '\\(aq').replace('^', '\\(ha')
-    line = line.replace('`', '\\(ga').replace('~', '\\(ti')
-    return '\\&' + line if line.startswith('.') else line
-
-
 def sections(text):
     """{heading: its words} of a manual, as text."""
     found, heading = {}, None
@@ -10491,7 +10402,26 @@ class ManualPage(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.page = manual_page(qr.__doc__).encode()
+        cls.page = cls.make()
+
+    @staticmethod
+    def make(program='make', awk='awk'):
+        """The page, made where the test file is not."""
+        with tempfile.TemporaryDirectory() as place:
+            for name in 'Makefile', 'qmail_remote.py':
+                shutil.copy(os.path.join(HERE, name), place)
+            subprocess.check_call(
+                [find_program(program), '-s', 'qmail-remote.8', 'AWK=' + awk],
+                cwd=place, timeout=30, env={'PATH': os.environ['PATH']})
+            with open(os.path.join(place, 'qmail-remote.8'), 'rb') as f:
+                return f.read()
+
+    def test_any_tools(self):
+        """It does not depend on make or awk."""
+        self.assertEqual(self.page, self.make('bmake'))
+        for awk in 'busybox awk', 'gawk', 'gawk --posix', 'original-awk':
+            if shutil.which(awk.split()[0]):
+                self.assertEqual(self.page, self.make(awk=awk), awk)
 
     def render(self, *command):
         """(what a program makes of the page, its complaints)."""
@@ -10543,106 +10473,434 @@ class ManualPage(unittest.TestCase):
             self.assertIn(variable, manual)
 
 
-class InQmail(unittest.TestCase):
-    """make install-qmail, and the way back."""
+def anybody(*command, **options):
+    """The exit status of a command; if we are root, of a user who has no
+    rights, as it is with qmailr."""
+    def become():
+        if not os.getuid():
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+    try:
+        return subprocess.call(command, preexec_fn=become, **options)
+    except OSError:
+        return 126
 
-    def make(self, program, root, *words):
+
+class InQmail(unittest.TestCase):
+    """make install, install-qmail, install-qmail-rspawn, uninstall: in a
+    qmail home in a temporary directory."""
+
+    @classmethod
+    def setUpClass(cls):
+        for cls.python in sys.executable, '/usr/bin/python3':
+            if anybody(cls.python, '-ISc', '') == 0:
+                return
+        raise unittest.SkipTest('every Python here is for root alone')
+
+    def setUp(self):
+        self.top = os.path.realpath(tempfile.mkdtemp(prefix='qmail-'))
+        self.addCleanup(shutil.rmtree, self.top)
+        os.chmod(self.top, 0o755)
+        if anybody('/bin/sh', '-c', 'cd "$0"', self.top,
+                   stderr=subprocess.DEVNULL):
+            self.skipTest('TMPDIR is for root alone')
+        # The test file is not there: nothing is made from it.
+        self.source = self.path('source')
+        self.home, self.prefix = self.path('home'), self.path('prefix')
+        for name in ('source', 'home/bin', 'home/control', 'prefix',
+                     'home/queue/mess', 'home/queue/lock', 'tools'):
+            os.makedirs(self.path(name), 0o755)
+        for name in 'Makefile', 'qmail_remote.py', 'README', 'LICENSE':
+            shutil.copy(os.path.join(HERE, name), self.source)
+        self.write('home/control/me', ME)
+        self.old = {}
+        for name in 'qmail-remote', 'qmail-rspawn':
+            self.old[name] = b'the old ' + name.encode()
+            self.write('home/bin/' + name, self.old[name], 0o711)
+        self.library = self.path('prefix/lib/qmail-remote')
+        self.installed = os.path.join(self.library, 'qmail_remote.py')
+
+    def path(self, name):
+        return os.path.join(self.top, name)
+
+    def write(self, name, data, mode=0o644):
+        path = self.path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as f:
+            f.write(data)
+        os.chmod(path, mode)
+        return path
+
+    def read(self, name):
+        with open(self.path(name), 'rb') as f:
+            return f.read()
+
+    def make(self, *words, program='make', before=(), **options):
+        """(status, what is printed).  What a word says last counts."""
+        path = self.path('tools') + ':' + os.environ['PATH']
         done = subprocess.run(
-            [find_program(program), '-s'] + list(words) +
-            ['DESTDIR=' + root, 'PREFIX=/opt', 'QMAIL_HOME=/var/q',
-             'PYTHON=' + sys.executable], cwd=HERE, timeout=60,
-            env={name: value for name, value in os.environ.items()
-                 if not name.startswith(('MAKE', 'MFLAGS'))},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            list(before) + [find_program(program), '-s'] +
+            ['PREFIX=' + self.prefix, 'QMAIL_HOME=' + self.home,
+             'PYTHON=' + self.python] + list(words),
+            cwd=self.source, timeout=60, env={'PATH': path},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
         return done.returncode, done.stdout.decode()
 
-    def test_there_and_back(self):
-        """The old program is saved once, with its mode, and comes back."""
-        for program in (find_program('bmake'),):    # GNU make: below
-            with self.subTest(program), \
-                    tempfile.TemporaryDirectory() as root:
-                home = os.path.join(root, 'var/q/bin')
-                names = 'qmail-remote', 'qmail-rspawn'
-                targets = 'install-qmail', 'install-qmail-rspawn'
-                self.assertNotEqual(
-                    0, self.make(program, root, targets[0])[0])
-                os.makedirs(home)
-                for name in names:
-                    place = os.path.join(home, name)
-                    with open(place, 'wb') as f:
-                        f.write(b'the old ' + name.encode())
-                    os.chmod(place, 0o711)
-                for _ in range(2):      # twice: the old one stays saved
-                    status, said = self.make(program, root, *targets)
-                    self.assertEqual(0, status, said)
-                    for name in names:
-                        place = os.path.join(home, name)
-                        self.assertEqual(
-                            '/opt/lib/qmail-remote/qmail_remote.py',
-                            os.readlink(place))
-                real = root + os.readlink(place)
-                self.assertEqual(0o755, os.stat(real).st_mode & 0o7777)
-                page = os.path.join(root,
-                                    'opt/share/man/man8/qmail_remote.py.8')
-                with open(page, 'rb') as f:
-                    self.assertEqual(manual_page(qr.__doc__).encode(),
-                                     f.read())
-                self.assertEqual(
-                    [name + end for name in names for end in
-                     ('', '.classic')], sorted(os.listdir(home)))
-                self.assertEqual(0, self.make(program, root, 'uninstall')[0])
-                self.assertEqual(names, tuple(sorted(os.listdir(home))))
-                for name in names:
-                    place = os.path.join(home, name)
-                    with open(place, 'rb') as f:
-                        self.assertEqual(b'the old ' + name.encode(),
-                                         f.read())
-                    self.assertEqual(0o711, os.stat(place).st_mode & 0o7777)
-                self.assertFalse(os.path.exists(page))
-                self.assertFalse(os.path.exists(real))
+    def good(self, *words, **options):
+        status, said = self.make(*words, **options)
+        self.assertEqual(0, status, said)
+        return said
 
-    def test_there_was_none(self):
-        with tempfile.TemporaryDirectory() as root:
-            home = os.path.join(root, 'var/q/bin')
-            os.makedirs(home)
-            self.make('make', root, 'install-qmail')
-            self.assertEqual(['qmail-remote'], os.listdir(home))
-            _, said = self.make('make', root, 'uninstall')
-            self.assertIn('there was none before', said)
-            self.assertEqual([], os.listdir(home))
+    def tree(self, place=''):
+        """{name: what it is} of all files and links."""
+        found = {}
+        for top, directories, names in os.walk(self.path(place)):
+            for name in directories + names:
+                path = os.path.join(top, name)
+                if os.path.islink(path):
+                    what = os.readlink(path)
+                elif os.path.isfile(path):
+                    with open(path, 'rb') as f:
+                        what = f.read(), os.stat(path).st_mode & 0o7777
+                else:
+                    continue
+                found[os.path.relpath(path, self.path(place))] = what
+        return found
+
+    def bin(self):
+        return self.tree('home/bin')
+
+    def old_ones(self, saved=''):
+        return {name + saved: (data, 0o711)
+                for name, data in self.old.items()}
+
+    def test_install(self):
+        """Where the files are, that all can read them, how they differ from
+        the source; it runs, without any environment; and the way back."""
+        before = self.tree()
+        said = self.good('install', preexec_fn=lambda: os.umask(0o077))
+        for top, _, names in os.walk(self.prefix):
+            for path in [top] + [os.path.join(top, n) for n in names]:
+                self.assertEqual(0o44, os.stat(path).st_mode & 0o44, path)
+        self.assertEqual(
+            [b'> LC_ALL=C %b -ISB -X under_sh -c \'' % self.python.encode(),
+             b'> QMAIL_HOME = b"%b"' % self.home.encode()],
+            [line for line in said.encode().split(b'\n')
+             if line.startswith(b'>')])
+        self.write('home/control/me', b'me.example')
+        outcome = run_program(
+            None, '[127.0.0.1]', 'a@b', 'c@d', env={
+                'PATH': '/nonexistent', 'QMAILHOME': ''},
+            command=[os.path.join(self.prefix, 'bin/qmail_remote.py')])
+        self.assertEqual([qr.OWN_ADDRESS], outcome.reports)
+        code = 'import importlib.util as u, sys; ' \
+            'print(u.cache_from_source(sys.argv[1]))'
+        cache = subprocess.check_output(
+            [self.python, '-ISc', code, self.installed]).decode().strip()
+        self.assertEqual(
+            {'bin/qmail_remote.py', 'lib/qmail-remote/qmail_remote.py',
+             os.path.relpath(cache, self.prefix),
+             'share/man/man8/qmail_remote.py.8'}, set(self.tree('prefix')))
+        # Bytecode that is not used would be read for nothing.
+        if not os.getuid():
+            self.write('other.py', self.read(self.installed).replace(
+                b'invoked improperly', b'taken from bytes..'))
+            os.utime(self.path('other.py'),
+                     (1, os.stat(self.installed).st_mtime))
+            subprocess.check_call(
+                [self.python, '-ISc', 'import py_compile, sys; '
+                 'py_compile.compile(*sys.argv[1:])',
+                 self.path('other.py'), cache])
+            self.assertIn(b'from bytes', subprocess.check_output(
+                [self.installed]))
+            os.unlink(self.path('other.py'))
+        self.good('uninstall')
+        self.assertEqual(before, self.tree())
+        self.assertFalse(os.path.exists(self.library))
+
+    def test_there_and_back(self):
+        """The old programs are saved once, with their modes, and come back.
+        uninstall finds the home in the installed file.  By two makes, with
+        two sets of tools, staged and not."""
+        tools = ('awk chmod cmp cp diff env grep id ln mkdir mv readlink rm '
+                 'rmdir sed tr uname wc').split()
+        for program, root, busybox in (('bmake', self.path('root'), False),
+                                       ('make', '', True)):
+            with self.subTest(program):
+                for name in tools if busybox else ():
+                    os.symlink(find_program('busybox'),
+                               self.path('tools/' + name))
+                if root:
+                    self.write('root/opt/x', b'')
+                    os.makedirs(self.path('root/var/q'))
+                    os.rename(self.home, self.path('root/var/q/h'))
+                    words = ['DESTDIR=' + root, 'PREFIX=/opt']
+                    home = ['QMAIL_HOME=/var/q/h']
+                else:
+                    words, home = [], []
+                place = 'root/var/q/h/bin' if root else 'home/bin'
+                file = '/opt/lib/qmail-remote/qmail_remote.py' if root \
+                    else self.installed
+                for _ in range(2):
+                    self.good('install-qmail', 'install-qmail-rspawn',
+                              *words + home, program=program)
+                    self.assertEqual(
+                        dict(self.old_ones('.classic'),
+                             **{name: file for name in self.old}),
+                        self.tree(place))
+                self.good('uninstall', 'QMAIL_HOME=/nonexistent', *words,
+                          program=program)
+                self.assertEqual(self.old_ones(), self.tree(place))
+                if root:
+                    self.assertEqual({'x'}, set(self.tree('root/opt')))
+                    os.rename(self.path('root/var/q/h'), self.home)
+                self.assertEqual({}, self.tree('prefix'))
+
+    def test_no_link_is_left_behind(self):
+        """Whatever leads to our file and has no old program: ours stays, and
+        make says so."""
+        self.good('install-qmail')
+        os.unlink(self.path('home/bin/qmail-remote.classic'))
+        os.symlink('qmail-remote', self.path('home/bin/other'))
+        os.unlink(self.path('home/bin/qmail-rspawn'))
+        os.symlink(os.path.join(self.prefix, 'bin/qmail_remote.py'),
+                   self.path('home/bin/qmail-rspawn'))
+        os.symlink('qmail-rspawn',
+                   self.path('home/bin/qmail-rspawn.classic'))
+        before = self.tree()
+        for home in self.home, '/nonexistent':
+            status, said = self.make('uninstall', 'QMAIL_HOME=' + home)
+            self.assertNotEqual(0, status)
+            for name in ('qmail-remote', 'qmail-rspawn', 'other',
+                         'qmail-rspawn.classic'):
+                self.assertIn('/bin/%s is a link to %s' % (
+                    name, self.installed), said)
+            self.assertEqual(before, self.tree())
+        os.unlink(self.path('home/bin/other'))
+        os.unlink(self.path('home/bin/qmail-rspawn.classic'))
+        for name, data in self.old.items():
+            self.write('home/bin/%s.classic' % name, data, 0o711)
+        self.good('uninstall')
+        self.assertEqual(self.old_ones(), self.bin())
+        self.assertEqual({}, self.tree('prefix'))
+
+    def test_one_directory_for_all(self):
+        """LIBDIR may be BINDIR, and even the bin of the qmail home; what is
+        there besides stays.  ln never has to replace a file."""
+        self.write('tools/ln', b'#!/bin/sh\ncase $1 in -*f*) exit 9; esac\n'
+                   b'exec busybox ln "$@"\n', 0o755)
+        find_program('busybox')
+        for place in 'prefix/bin', 'home/bin':
+            with self.subTest(place):
+                self.write('prefix/bin/other', b'')
+                words = ['BINDIR=' + self.path(place),
+                         'LIBDIR=%s/.' % self.path(place)]
+                before = self.tree()
+                self.good('install-qmail', *words)
+                self.assertIsInstance(
+                    self.tree(place)['qmail_remote.py'], tuple)
+                self.assertIn(b'invoked improperly', subprocess.check_output(
+                    [self.path('home/bin/qmail-remote')]))
+                self.good('uninstall', *words)
+                self.assertEqual(before, self.tree())
+
+    def refused(self, why, *words, **options):
+        before = self.tree()
+        status, said = self.make(*words, **options)
+        self.assertNotEqual(0, status, said)
+        self.assertIn(why, said)
+        self.assertIn('nothing is changed', said)
+        self.assertEqual(before, self.tree())
+
+    def test_a_python_that_is_no_good(self):
+        """What runs is not replaced by what does not."""
+        self.write('prefix/lib/qmail-remote/qmail_remote.py', b'before')
+        broken = self.path('tools/broken')
+        for script, why in (
+                ('case $1 in -ISc) echo %s ;; *) exit 1 ;; esac' % broken,
+                'cannot run it'),
+                ('echo python3', 'does not say where it is')):
+            self.write('tools/broken', b'#!/bin/sh\n%b\n' % script.encode(),
+                       0o755)
+            self.refused(why, 'install-qmail', 'PYTHON=' + broken)
+        self.refused('must begin with /', 'install', 'PREFIX=prefix')
+
+    @unittest.skipIf(os.getuid(), 'takes root')
+    def test_a_place_for_root_alone(self):
+        """Of Python, of the file."""
+        os.mkdir(self.path('private'), 0o700)
+        os.symlink(self.python, self.path('private/python3'))
+        self.refused('cannot run it', 'install',
+                     'PYTHON=' + self.path('private/python3'))
+        self.refused('cannot run it', 'install-qmail',
+                     'PREFIX=' + self.path('private/prefix'))
+
+    def test_control_files(self):
+        """They are read as a delivery would before anything is changed."""
+        for target, name, data, why in (
+                ('install-qmail', 'me', None, 'Unable to read control'),
+                ('install-qmail-rspawn', 'smtproutes', b':x:66000',
+                 'Unable to read control'),
+                ('install-qmail', 'tlshosts/x.pem', '/nonexistent/x',
+                 'cannot read control/tlshosts/x.pem'),
+                ('install-qmail', 'clientcert.pem', 0o600,
+                 'cannot read control/clientcert.pem'),
+                ('install-qmail', 'authsenders', 0o600,
+                 'Unable to read control'),
+                ('install-qmail', 'notlshosts/', 0o700,
+                 'cannot read control/notlshosts')):
+            with self.subTest(name):
+                path = os.path.join(self.home, 'control', name)
+                if isinstance(data, int):
+                    if os.getuid():
+                        continue        # nobody here is another than we
+                    if name[-1] == '/':
+                        os.mkdir(path)
+                    else:
+                        self.write(path, b'')
+                    os.chmod(path, data)
+                elif isinstance(data, str):
+                    os.makedirs(os.path.dirname(path))
+                    os.symlink(data, path)
+                elif data is None:
+                    os.rename(path, self.path('me'))
+                else:
+                    self.write(path, data)
+                self.refused(why, target)
+                if data is None:
+                    os.rename(self.path('me'), path)
+                    self.good(target)
+                    os.rename(path, self.path('me'))
+                    self.refused(why, 'install')    # a switch from now on
+                    os.rename(self.path('me'), path)
+                elif name[-1] == '/':
+                    os.rmdir(path)
+                else:
+                    os.unlink(path)
+        os.rmdir(self.path('home/queue/mess'))
+        self.refused('does not start', 'install-qmail-rspawn')
+        shutil.rmtree(self.path('home/bin'))
+        self.refused('There is no ', 'install-qmail')
+
+    def test_what_is_saved(self):
+        """The saved program is never written over, and ours is never saved,
+        whatever the sh in it looks like."""
+        self.good('install-qmail')
+        path = self.path('home/bin/qmail-remote')
+        os.unlink(path)
+        self.write(path, b'another', 0o711)
+        self.refused('is another program', 'install-qmail')
+        self.write(path, self.old['qmail-remote'], 0o711)
+        self.good('install-qmail')
+        os.unlink(path)
+        self.write(path, b'#!/bin/sh\n' + self.read(
+            self.installed)[200:], 0o755)
+        self.good('install-qmail')
+        self.assertEqual((self.old['qmail-remote'], 0o711),
+                         self.bin()['qmail-remote.classic'])
+        self.good('uninstall')
+        self.assertEqual(self.old_ones(), self.bin())
+
+    def test_as_qmailr(self):
+        """If there is a qmailr, it is he who must be able to read the files,
+        by his group."""
+        if os.getuid() or subprocess.call(
+                ['unshare', '-m', 'true'], stderr=subprocess.DEVNULL):
+            self.skipTest('takes root and a mount namespace')
+        self.write('passwd', b'root:x:0:0::/:/bin/sh\n'
+                   b'qmailr:x:64990:64991::/:/nonexistent\n')
+        script = 'mount --bind %s /etc/passwd && exec "$@"' % \
+            self.path('passwd')
+        before = 'unshare', '-m', 'sh', '-c', script, 'sh'
+        path = self.write('home/control/authsenders', b'', 0o640)
+        self.refused('Unable to read control', 'install-qmail',
+                     before=before)
+        os.chown(path, 0, 64991)
+        said = self.good('install-qmail', before=before)
+        self.assertNotIn('README', said)
 
 
 class DebianPackage(unittest.TestCase):
     """make deb"""
 
-    def test_what_is_in_it(self):
+    @classmethod
+    def setUpClass(cls):
         find_program('dpkg-deb')
-        with tempfile.TemporaryDirectory() as place:
-            for name in ('qmail_remote.py', 'test_qmail_remote.py',
-                         'Makefile', 'LICENSE', 'README'):
-                shutil.copy(os.path.join(HERE, name), place)
-            subprocess.check_call(
-                ['make', '-s', 'deb', 'DEBPYTHON=' + sys.executable],
-                cwd=place, timeout=60, stdout=subprocess.DEVNULL,
-                env={'PATH': os.environ['PATH']})
-            package, = glob.glob(os.path.join(place, '*.deb'))
-            self.assertEqual('qmail-remote-py_%s_all.deb' % qr.VERSION,
-                             os.path.basename(package))
-            subprocess.check_call(['dpkg-deb', '-x', package, place + '/x'])
-            root = place + '/x/usr/'
-            self.assertEqual(
-                ['bin/qmail_remote.py', 'lib/qmail-remote/qmail_remote.py',
-                 'share/doc/qmail-remote-py/README',
-                 'share/doc/qmail-remote-py/copyright',
-                 'share/man/man8/qmail_remote.py.8.gz'],
-                sorted(os.path.relpath(os.path.join(top, name), root)
-                       for top, _, names in os.walk(root)
-                       for name in names))
-            program = root + 'lib/qmail-remote/qmail_remote.py'
-            self.assertEqual(0o755, os.stat(program).st_mode & 0o7777)
-            done = subprocess.run([program], stdout=subprocess.PIPE)
-            self.assertEqual((0, qr.USAGE + b'\0'),
-                             (done.returncode, done.stdout))
+        cls.place = tempfile.mkdtemp(prefix='qmail-')
+        for name in 'qmail_remote.py', 'Makefile', 'LICENSE', 'README':
+            shutil.copy(os.path.join(HERE, name), cls.place)
+        subprocess.check_call(
+            ['make', '-s', 'deb', 'DEBPYTHON=' + sys.executable],
+            cwd=cls.place, timeout=60, stdout=subprocess.DEVNULL,
+            env={'PATH': os.environ['PATH']})
+        cls.package, = glob.glob(os.path.join(cls.place, '*.deb'))
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.place)
+
+    def dpkg(self, *words):
+        """dpkg with a root of its own, where the scripts of the package work
+        without chroot, by $DPKG_ROOT; (status, what it prints)."""
+        done = subprocess.run(
+            [find_program('dpkg'), '--root=' + self.root, '--force-depends',
+             '--force-script-chrootless', '--force-not-root',
+             '--log=/dev/null'] + list(words), timeout=60,
+            env={'PATH': os.environ['PATH'] + ':/usr/sbin:/sbin'},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout.decode()
+
+    def test_in_and_out(self):
+        """A package that qmail uses cannot be removed, unless it can bring
+        the old program back."""
+        self.root = os.path.join(self.place, 'root')
+        os.makedirs(self.root + '/var/lib/dpkg/info')
+        os.makedirs(self.root + '/var/lib/dpkg/updates')
+        os.makedirs(self.root + '/var/qmail/bin')
+        with open(self.root + '/var/lib/dpkg/status', 'w'):
+            pass
+        status, said = self.dpkg('-i', self.package)
+        self.assertEqual(0, status, said)
+        library = self.root + '/usr/lib/qmail-remote/'
+        file = library + 'qmail_remote.py'
+        cached = glob.glob(library + '__pycache__/*')
+        self.assertEqual(1, len(cached))
+        link = self.root + '/var/qmail/bin/qmail-remote'
+        os.symlink('/usr/bin/qmail_remote.py', link)
+        status, said = self.dpkg('-r', 'qmail-remote-py')
+        self.assertNotEqual(0, status, said)
+        self.assertIn('qmail-remote is a link to', said)
+        self.assertTrue(os.path.exists(file))
+        self.assertEqual(cached, glob.glob(library + '__pycache__/*'))
+        with open(link + '.classic', 'w') as f:
+            f.write('the old one')
+        status, said = self.dpkg('-i', self.package)    # as an upgrade does
+        self.assertEqual((0, True), (status, os.path.islink(link)), said)
+        status, said = self.dpkg('-r', 'qmail-remote-py')
+        self.assertEqual(0, status, said)
+        self.assertEqual(['qmail-remote'], os.listdir(os.path.dirname(link)))
+        with open(link) as f:
+            self.assertEqual('the old one', f.read())
+        self.assertFalse(os.path.exists(library))
+
+    def test_what_is_in_it(self):
+        subprocess.check_call(
+            ['dpkg-deb', '-x', self.package, self.place + '/x'])
+        root = self.place + '/x/usr/'
+        self.assertEqual(
+            ['bin/qmail_remote.py', 'lib/qmail-remote/qmail_remote.py',
+             'share/doc/qmail-remote-py/README',
+             'share/doc/qmail-remote-py/copyright',
+             'share/man/man8/qmail_remote.py.8.gz'],
+            sorted(os.path.relpath(os.path.join(top, name), root)
+                   for top, _, names in os.walk(root) for name in names))
+        program = root + 'lib/qmail-remote/qmail_remote.py'
+        self.assertEqual(0o755, os.stat(program).st_mode & 0o7777)
+        done = subprocess.run([program], stdout=subprocess.PIPE)
+        self.assertEqual((0, qr.USAGE + b'\0'),
+                         (done.returncode, done.stdout))
 
 
 # ------------------------------------------------------------ ESMTP
@@ -15822,9 +16080,6 @@ def check():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:] == ['manual']:
-        sys.stdout.buffer.write(manual_page(qr.__doc__).encode('ascii'))
-        sys.exit(0)
     if sys.argv[1:] in (['demo'], ['bench'], ['fuzz'], ['check']):
         sys.exit(0 if globals()[sys.argv[1]]() else 1)
     unittest.main()
