@@ -934,26 +934,20 @@ def tls_server(text):
     FakeTLS.  Raises ssl.SSLError or ValueError if OpenSSL cannot do it."""
     name, *words = text.split()
     context, wanted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), None
-    with warnings.catch_warnings():     # old protocols are deprecated
-        warnings.simplefilter('ignore')
-        for word in words:
-            if word == 'client':
-                context.load_verify_locations(cadata=PEM['ca'])
-                context.verify_mode = ssl.CERT_REQUIRED
-            elif word == '1.0':
-                context.options |= ssl.OP_NO_TLSv1_1 | ssl.OP_NO_TLSv1_2
-            elif word.startswith('ciphers='):
-                context.set_ciphers(word[8:])
-            elif word.startswith('name='):
-                wanted = word[5:]
-            elif word not in ('1.2', '-'):
-                raise ValueError('no such word: ' + word)
-        if '1.0' in words or '1.2' in words:
-            context.options |= getattr(ssl, 'OP_NO_TLSv1_3', 0)
-        if '1.0' in words:
-            context.set_ciphers('ALL:@SECLEVEL=0')
-            if hasattr(context, 'minimum_version'):
-                context.minimum_version = ssl.TLSVersion.TLSv1
+    for word in words:
+        if word == 'client':
+            context.load_verify_locations(cadata=PEM['ca'])
+            context.verify_mode = ssl.CERT_REQUIRED
+        elif word == '1.2':
+            with warnings.catch_warnings():     # deprecated
+                warnings.simplefilter('ignore')
+                context.options |= getattr(ssl, 'OP_NO_TLSv1_3', 0)
+        elif word.startswith('ciphers='):
+            context.set_ciphers(word[8:])
+        elif word.startswith('name='):
+            wanted = word[5:]
+        elif word != '-':
+            raise ValueError('no such word: ' + word)
     if name != 'anonymous':
         context.load_cert_chain(pem_file(name, key=True))
     return context, wanted
@@ -979,9 +973,9 @@ class FakeTLS(FakeSMTP):
 
       TLS: name words   the handshake, now, with the certificates name: one
                         or more of PEM, as a+b, or `anonymous`; words are
-                        `client` (wants a certificate of the CA), `1.0`,
-                        `1.2` (nothing newer), `ciphers=...`, `name=...` (the
-                        name that the client must ask for; - for none), `-`
+                        `client` (wants a certificate of the CA), `1.2`
+                        (nothing newer), `ciphers=...`, `name=...` (the name
+                        that the client must ask for; - for none), `-`
                         (nothing: another context, with other ticket keys)
       noTLS: the same   the same, but the client has to break it off
       old: the same     the same as TLS:, but it hangs if TLS 1.3 is offered,
@@ -12145,6 +12139,53 @@ class TlsTables(Tables):
         self.check(qr.NO_CONTROL, context, good,
                    os.fsencode(pem_file('client')))
 
+    def test_how_weak(self):
+        """Where nothing is checked, anything; elsewhere TLS 1.2 and level
+        1 at least, whatever the list of ciphers says."""
+        no_list, weak_list = [qr.TlsControl(None, False, None, ciphers)
+                              for ciphers in (b'', b'HIGH:@SECLEVEL=0')]
+        checked = [BY_SYSTEM, BY_FILE, qr.TlsPolicy(True, True, DANE, []),
+                   qr.TlsPolicy(True, True, PINNED, PEM_FILE),
+                   qr.TlsPolicy(True, True, ANCHORS, [der('ca')])]
+        for policy in [IF_OFFERED, UNCHECKED] + checked:
+            for control in (no_list, weak_list):
+                context = qr.tls_context(policy, control)
+                least = context.minimum_version.value if hasattr(
+                    context, 'minimum_version') else None
+                level = getattr(context, 'security_level', None)
+                with self.subTest(repr((policy.check, control.ciphers))):
+                    if policy.check == NOTHING:
+                        self.assertIn(least, (None, -2))
+                        self.assertIn(level, (None, 0))
+                        self.assertTrue(context.options & 4)
+                    else:
+                        self.assertTrue(least is None and context.options &
+                                        ssl.OP_NO_TLSv1_1 or least >= 0x303)
+                        self.assertTrue(level is None or level >= 1)
+        names = [cipher['name'] for cipher in qr.tls_context(
+            IF_OFFERED, no_list).get_ciphers() if
+            not cipher['name'].startswith('TLS_')]
+        self.assertEqual('ECDHE-ECDSA-AES256-GCM-SHA384', names[0])
+        self.assertIn('AES128-SHA', names)
+        self.assertFalse([name for name in names if 'PSK' in name or
+                          name.startswith(('ADH', 'AECDH', 'NULL'))])
+
+    def test_tls_1_2_at_most(self):
+        """And the same checks."""
+        control = qr.TlsControl(None, False, None, b'')
+        for policy in (IF_OFFERED, BY_SYSTEM, BY_FILE):
+            full = qr.tls_context(policy, control)
+            context = qr.tls_context(policy, control, True)
+            if hasattr(context, 'maximum_version'):
+                self.assertEqual(ssl.TLSVersion.TLSv1_2,
+                                 context.maximum_version)
+            else:
+                self.assertTrue(context.options & ssl.OP_NO_TLSv1_3)
+            self.assertEqual(
+                (full.verify_mode, full.check_hostname, full.verify_flags),
+                (context.verify_mode, context.check_hostname,
+                 context.verify_flags))
+
     def test_long_names(self):
         """A name of 253 bytes is one, but no file system takes more than
         255 with .pem: no such file."""
@@ -12873,40 +12914,11 @@ class Tls(Dialogues):
                 over_old_tls('relay+ca')]}, 'r', old('DANE', '127.0.0.2'),
                 **signed([tlsa(2, 0, 0, 'ca')], control=self.SHORT))])
 
-    def test_old_protocols(self):
-        """TLS 1.0 alone, where OpenSSL has it, but not for us."""
-        try:
-            server = tls_server('self 1.0')[0]
-        except (ssl.SSLError, ValueError) as e:
-            self.skipTest('no TLS 1.0 here: %s' % e)
-        if self.takes(server):
-            self.skipTest('TLS 1.0 is good enough here')
-        script = START + 'noTLS: self 1.0'
-        self.play([
-            row('opportunistic', [script, IN_CLEAR], 'r', in_clear()),
-            self.login('with a password', script, Like(TLS_FAILED)),
-            row('a cipher list that nobody likes', [
-                START + 'noTLS: self 1.2 '
-                'ciphers=ECDHE-ECDSA-AES256-GCM-SHA384', IN_CLEAR], 'r',
-                in_clear(), control={
-                    'tlsclientciphers': b'ECDHE-ECDSA-AES128-GCM-SHA256'})])
-
-    @staticmethod
-    def takes(server):
-        """Whether our own TLS agrees with such a server."""
-        there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-        client = qr.tls_context(IF_OFFERED, qr.TlsControl(
-            None, False, None, b'')).wrap_bio(back, there)
-        server = server.wrap_bio(there, back, server_side=True)
-        try:
-            for side in (client, server, client, server):
-                try:
-                    side.do_handshake()
-                except ssl.SSLWantReadError:
-                    pass
-            return True
-        except ssl.SSLError:
-            return False
+    def test_a_cipher_list_that_nobody_likes(self):
+        self.play([row('in the clear', [
+            START + 'noTLS: self 1.2 ciphers=ECDHE-ECDSA-AES256-GCM-SHA384',
+            IN_CLEAR], 'r', in_clear(), control={
+                'tlsclientciphers': b'ECDHE-ECDSA-AES128-GCM-SHA256'})])
 
     def test_words_in_the_clear_before_tls(self):
         """What came with the 220 would pass for encrypted words."""
@@ -14815,9 +14827,19 @@ class AiosmtpdAtOnceTest(TlsServerAtOnce, unittest.TestCase):
     kind = AiosmtpdAtOnce
 
 
+# For servers that have not been touched for years: openssl dhparam 1024.
+DH_1024 = '''\
+-----BEGIN DH PARAMETERS-----
+MIGHAoGBAPHhFilOwQTRDSP8GOTD5e3I1QZq1EJ5Nw0rkdrEuPwGXEv1YOUeU2vZ
+VwTIN999Utl/Pek4BIiaR67QyUGCF4IcpkbdrqCZQjKJyCUTil0jladvUl9pLu+8
+FlSBvm+YAeTMEzY7aYhypuNn9YAGwQnn48QtPRILVgqfDBm5C4BXAgEC
+-----END DH PARAMETERS-----
+'''
+
+
 class OpenSslTest(unittest.TestCase):
     """`openssl s_server` can ask for new keys, and for a renegotiation, in
-    the middle of a dialogue."""
+    the middle of a dialogue; and it can be an old server."""
 
     # What it says, and how the line starts that it waits for then.
     SCRIPT = [('220 fake', b'EHLO'), ('@', None), ('250 fake', b'MAIL'),
@@ -14825,23 +14847,23 @@ class OpenSslTest(unittest.TestCase):
               ('250 ok', b'DATA'), ('@', None), ('354 go', b'.\r'),
               ('@', None), ('250 queued', b'QUIT')]
 
-    def talk(self, version, letter):
+    def talk(self, options, letter, certificate=None, **control):
         """(reports, lines of the server) of a delivery in which the server
         says that letter, a command of s_server, wherever SCRIPT has @."""
         port, = free_ports(1)
         server = subprocess.Popen(
             [find_program('openssl'), 's_server', '-accept',
-             '127.0.0.1:%d' % port, version, '-cert',
-             pem_file('relay', key=True), '-crlf', '-naccept', '1'],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+             '127.0.0.1:%d' % port, '-cert', certificate or
+             pem_file('relay', key=True), '-crlf', '-naccept', '1'] +
+            options.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT)
         outcome, seen = [], []
         try:
             lines = iter(server.stdout.readline, b'')
             while not next(lines).startswith(b'ACCEPT'):
                 pass
-            with Home(smtproutes=b':127.0.0.1:465',
-                      port=b'%d' % port) as home:
+            with Home(smtproutes=b':127.0.0.1:465', port=b'%d' % port,
+                      **control) as home:
                 thread = threading.Thread(target=lambda: outcome.append(
                     run_program(home, HOST, SENDER, RECIPIENTS[0],
                                 command=python(ELSEWHERE))))
@@ -14858,6 +14880,8 @@ class OpenSslTest(unittest.TestCase):
 
     def play(self, mouth, ear, letter, seen):
         for words, answer in self.SCRIPT:
+            if words == '@' and not letter:
+                continue
             words = letter if words == '@' else words
             mouth.write(words.encode() + b'\n')
             mouth.flush()
@@ -14888,6 +14912,48 @@ class OpenSslTest(unittest.TestCase):
                                   b'died. (#4.4.2)\n', report)
                 else:
                     self.assertIn(b'K127.0.0.1 accepted message.', report)
+
+
+    # Options of s_server, and the protocol and cipher that come of them.
+    OLD_SERVERS = [
+        ('-tls1_2 -cipher AES128-SHA:@SECLEVEL=0', b'TLSv1.2, AES128-SHA'),
+        ('-tls1_2 -cipher ECDHE-RSA-AES256-SHA:@SECLEVEL=0',
+         b'TLSv1.2, ECDHE-RSA-AES256-SHA'),
+        ('-tls1_2 -cipher DHE-RSA-AES256-GCM-SHA384:@SECLEVEL=0 '
+         '-dhparam %s', b'TLSv1.2, DHE-RSA-AES256-GCM-SHA384'),
+        ('-tls1 -cipher ALL:@SECLEVEL=0', b'TLSv1, ')]
+
+    def old_certificate(self):
+        """A directory with an RSA certificate and its key, and DH_1024."""
+        folder = tempfile.mkdtemp(prefix='old-')
+        self.addCleanup(shutil.rmtree, folder)
+        key, certificate = [os.path.join(folder, name)
+                            for name in ('key', 'certificate')]
+        subprocess.check_call(
+            [find_program('openssl'), 'req', '-x509', '-newkey', 'rsa:2048',
+             '-nodes', '-subj', '/CN=old.example', '-days', '2', '-keyout',
+             key, '-out', certificate], stderr=subprocess.DEVNULL)
+        with open(certificate, 'a') as f, open(key) as key_file:
+            f.write(key_file.read())
+        with open(os.path.join(folder, 'dh'), 'w') as f:
+            f.write(DH_1024)
+        return certificate, os.path.join(folder, 'dh')
+
+    def test_old_servers(self):
+        """Where nothing is checked, weak TLS beats none; where something
+        is, TLS 1.0 does not."""
+        certificate, dh = self.old_certificate()
+        for options, words in self.OLD_SERVERS:
+            with self.subTest(options):
+                options = options.replace('%s', dh)
+                report = self.talk(options, '', certificate)[0][-1]
+                self.assertIn(b'accepted message.\nRemote host said: '
+                              b'250 queued\n' + words, report)
+                self.assertIn(b', certificate not checked\n', report)
+        with open(certificate, 'rb') as f:
+            report, = self.talk(options, '', certificate, **{
+                'tlshosts/127.0.0.1.pem': f.read()})[0]
+        self.assertIn(b'ZConnected to 127.0.0.1 but TLS failed: ', report)
 
 
 # DNSSEC.  knot signs three zones, once; then one of them is changed behind
