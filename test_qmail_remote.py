@@ -4966,7 +4966,7 @@ class FuzzServer:
         self.recipients, self.body = [], bytearray()
         self.complete = self.early = self.ahead = self.logged_in = False
         self.end_at = self.said_5xx = self.taken_at = None
-        self.offers_tls = False
+        self.offers_tls, self.over_tls = False, None
         sock.server = self
         if case.port == 465 and case.tls_wanted:
             self.read = self.read_tls
@@ -5174,12 +5174,20 @@ class FuzzServer:
         self.answer(250, line, lines, (421, 450, 500, 502, 502, 530, 554))
 
     def on_star(self, line):
-        """STARTTLS.  There is no TLS here, so it always fails."""
+        """STARTTLS; what comes of it, FuzzLine decides."""
         if self.answer(220, line, None, (220, 454, 501)) == 220:
             self.read = self.read_tls
 
+    def start_tls(self, check):
+        """A handshake that went well; check is as in TlsPolicy."""
+        self.over_tls, self.read = check, self.read_command
+        if self.case.port == 465:
+            self.answer(220, refused=(421, 450, 554, 250))
+
     def read_tls(self):
         """A handshake that comes to nothing."""
+        if not self.buffer:
+            return False
         self.buffer = b''
         self.clean = False
         kind = self.chance.randrange(5)
@@ -5200,16 +5208,23 @@ class FuzzServer:
         challenge = binascii.b2a_base64(b'<1.2@x>')[:-1]
         if self.chance.random() < .1:
             challenge = self.chance.choice((b'', b'a', b'=', b'x' * 20000))
-        code = self.answer(235 if first else 334, line, [b' ' + challenge],
-                           (432, 454, 500, 504, 504, 534, 534, 535, 538))
+        code = self.answer_auth(
+            235 if first else 334, line, [b' ' + challenge],
+            (432, 454, 500, 504, 504, 534, 534, 535, 538))
         self.logged_in = self.logged_in or code == 235
         if code == 334:
             self.auth = 2 if method == b'LOGIN' else 1
 
+    def answer_auth(self, code, line, lines, refused):
+        """As answer(), but many quote what they refuse."""
+        if self.alive and not self.mute and self.chance.random() < .1:
+            return self.echo_refusing(code, line)
+        return self.answer(code, line, lines, refused)
+
     def go_on_with_auth(self, line):
         more, self.auth = self.auth - 1, None
         code = 501 if line == b'*\r\n' else 334 if more else 235
-        code = self.answer(code, line, None, (432, 454, 501, 535, 334))
+        code = self.answer_auth(code, line, None, (432, 454, 501, 535, 334))
         self.logged_in = self.logged_in or code == 235
         if code == 334:
             self.auth = more or 1       # one 334 too many: it may cancel
@@ -5311,6 +5326,39 @@ class FuzzServer:
                        'another message: %.300r' % body)
         elif self.read == self.read_command and self.alive:
             self.wants(b'\r' not in self.buffer[:-1], 'a lone CR')
+
+
+class ClearLayer:
+    """A TlsLayer of which nobody can see that it encrypts."""
+    connection, out = None, b''
+
+    def encrypt(self, data):
+        self.out += bytes(data)
+        return True
+
+    def decrypt(self, data=None):
+        return data or b'', data == b''
+
+    def output(self):
+        out, self.out = self.out, b''
+        return out
+
+    def facts(self):
+        return b'TLSv1.3, clear'
+
+
+class FuzzLine(qr.Line):
+    """A Line whose handshake goes well, as chance has it."""
+
+    def start_tls(self, context, name, seconds, judge, session=None):
+        server = self.sock.server
+        if server.chance.random() < .4 or server.read != server.read_tls or \
+                self.heard():
+            qr.Line.start_tls(self, context, name, seconds, judge, session)
+            return
+        self.tls = ClearLayer()
+        judge(self.tls)
+        server.start_tls(server.case.check)
 
 
 # A case: all that is around the servers
@@ -5418,11 +5466,14 @@ class FuzzCase(FuzzClock):
         chance = self.chance
         self.count = chance.choice((1, 1, 1, 1, 2, 3))
         self.port, self.secrets, route = 25, [], None
+        self.net, self.check = b'10.0.0.', None
         self.tls_wanted = chance.random() < .5
         self.named = chance.random() < .5
         if self.named:
             self.count = 1
-            self.port = chance.choice((25,) * 30 + (26, 26, 587, 465))
+            self.port = chance.choice((25,) * 30 + (26, 26, 587, 465, 2525))
+            if chance.random() < .2:
+                self.net = b'127.0.0.'
         credentials, lacking = None, b''
         if chance.random() < .3:
             credentials = self.choose_credentials()
@@ -5502,7 +5553,7 @@ class FuzzCase(FuzzClock):
                 for index in range(1, self.count + 1)], False, name)
         index = name[3:4] if name.startswith(b'\3mx') else b'1'
         values = {b'2': [b'2001:db8::2'] if qtype == qr.AAAA else []}.get(
-            index, [b'10.0.0.' + index] if qtype == qr.A else [])
+            index, [self.net + index] if qtype == qr.A else [])
         return qr.Lookup(qr.Lookup.OK, values, False, name)
 
     @staticmethod
@@ -5534,7 +5585,11 @@ class FuzzCase(FuzzClock):
         return sock
 
     def line(self, sock):
-        return qr.Line(sock, self.wait, self.clock)
+        return FuzzLine(sock, self.wait, self.clock)
+
+    def tls_context(self, policy, control, tls12):
+        self.check = policy.check
+        return qr.tls_context(policy, control, tls12)
 
     def tls_control(self, name):
         return qr.TlsControl(None, not self.tls_wanted, None, b'')
@@ -5546,7 +5601,7 @@ class FuzzCase(FuzzClock):
         world = world_of(
             resolver=self, own=self.own, tcpto=self, connect=self.connect,
             line=self.line, message=self.reader,
-            tls_control=self.tls_control)
+            tls_control=self.tls_control, tls_context=self.tls_context)
         start = self.now
         try:
             report = qr.deliver(self.host, self.sender[0],
@@ -5619,16 +5674,31 @@ class FuzzCase(FuzzClock):
             self.law(self.secrets or not any(
                 secret in data for _, _, mark, data in self.log
                 if mark == 'C'), 'a secret for a server that DNS chose')
+            self.law(self.port in (25, 26) or self.net == b'127.0.0.' or
+                     not any(secret in server.sock.sent
+                             for server in self.servers
+                             if server.over_tls in (
+                                 None, qr.TlsPolicy.NOTHING)),
+                     'a secret without verified TLS')
+        for text in self.reports + [self.text]:
+            if b'authentication was rejected' in text:
+                words = b'\n'.join(re.findall(br'(?m)^(?:Remote host said: )?'
+                                              br'\d{3}[ -](.*)', text))
+                self.law(not any(secret[at:at + 4] in words
+                                 for secret in self.forms[1:]
+                                 for at in range(len(secret) - 3)),
+                         'a part of a secret is told')
 
     def bound(self):
         """As the README has it; twice for what may have to wait for room
         in the send buffer, since servers stall here."""
         auth = 6 if self.secrets else 0
-        replies = 3 + 3 + auth          # to MAIL; STARTTLS, a handshake, EHLO
+        replies = 3 + 2 + auth          # to MAIL; STARTTLS, EHLO
         parts = 6 + 2 * len(self.wire()) // 65536
         after = 2 * (len(self.recipients) + 3) + parts
         return self.connects * (
-            self.connecting + 2 * replies * self.seconds) + \
+            self.connecting + 2 * replies * self.seconds +
+            min(self.seconds, 60)) + \
             (after + self.read_waits) * self.seconds
 
     def judge_recipients(self):
@@ -5663,8 +5733,10 @@ class FuzzCase(FuzzClock):
 
     def tls_is_missing(self, server):
         """Whether a server speaks of TLS, and has none from us."""
-        return server.offers_tls or server.index in [
-            before.index for before in self.servers if before is not server]
+        return not server.over_tls and (
+            server.offers_tls or server.index in [
+                before.index for before in self.servers
+                if before is not server])
 
     def judge_acceptance(self):
         """The first law, and that nothing accepted is thought lost."""
@@ -5710,7 +5782,7 @@ class FuzzCase(FuzzClock):
         server = self.servers[-1] if self.servers else None
         unused = self.configured and server and not (
             server.stray or server.logged_in)
-        failed = server and server.index in [
+        failed = server and not server.over_tls and server.index in [
             before.index for before in self.servers[:-1]]
         for report in self.reports + [self.text]:
             if report[:1] not in (b'h', b'D') or report.startswith((
