@@ -174,8 +174,9 @@ SPAWNER
     A process makes up to 200 deliveries.  It ends after a minute without
     any, and when a control file, resolv.conf(5) or the system's trust store
     has changed.  Nothing is kept from one message to the next, but sessions
-    of TLS to be resumed, and which name server answered.  If a process is
-    killed, its deliveries are deferred.
+    of TLS to be resumed, which name server answered, and which servers get
+    no more than TLS 1.2 because they hung.  If a process is killed, its
+    deliveries are deferred.
 
     At the end of its input, or within seconds after the sh that started it
     is killed, qmail-rspawn takes no more commands, finishes what has begun,

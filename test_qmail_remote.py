@@ -8643,8 +8643,8 @@ class Terminal(unittest.TestCase):
 <<< 354 go
 --- message: %d bytes
 >>> .
->>> QUIT
 <<< 250 taken
+>>> QUIT
 ''' % (port, port, len(MESSAGE) + MESSAGE.count(b'\n'))
         got = seen.decode().splitlines(True)
         asked = [at for at, line in enumerate(got)
@@ -11819,6 +11819,20 @@ class Survey(Tables):
             plain, plain), session.line.sock.data)
 
 
+    def test_no_password_without_verified_tls(self):
+        """The last guard, whatever choose_tls() may have made of it."""
+        for tls, check in ((None, SYSTEM), (OddLayer(), NOTHING),
+                           (None, NOTHING)):
+            session = self.session([], [])
+            session.server, session.line.tls = server_at(
+                b'192.0.2.1', 2525), tls
+            session.tls = qr.TlsPolicy(True, True, check, None)
+            session.credentials = b'u', b'p'
+            session.offered = {b'AUTH': [b'PLAIN']}
+            self.check(qr.NO_RESOURCES, session.authenticate)
+            self.assertEqual(b'', session.line.sock.data)
+
+
 class LastReply(ScriptedSocket):
     """A ScriptedSocket whose last reply ends a message.  Once the program
     has read that, the call that it makes as number `left` fails with
@@ -12479,8 +12493,7 @@ class TlsLines(unittest.TestCase):
             line.tls = BusyLayer()
             with self.assertRaises(qr.Lost) as caught:
                 line.send(b'a record', 5)
-            self.assertEqual((note, 8), (caught.exception.note,
-                                         caught.exception.unsent))
+            self.assertEqual(note, caught.exception.note)
 
     def test_new_keys_without_end(self):
         self.assertFalse(self.line(OddSocket(
