@@ -8802,8 +8802,8 @@ class OutgoingAddress(Tables):
 
     def test_is_where_connections_come_from(self):
         if FOREIGN != b'192.0.2.1':
-            self.skipTest('192.0.2.1 is here, so the kernel is believed, which '
-                          'takes 127.0.0.1 for all of 127/8')
+            self.skipTest('192.0.2.1 is here, so the kernel is believed, and '
+                          'for it all of 127/8 is 127.0.0.1')
         for source in b'127.0.0.77', b'127.0.0.78\n::1':
             outcome, callers = self.run_from(source)
             self.assertEqual([source.split(b'\n')[0].decode()], callers)
@@ -9309,7 +9309,10 @@ class Start(unittest.TestCase):
     def test_bytecode_of_others(self):
         self.plant()
         if not os.getuid():
-            os.chown(self.cache, 65534, -1)
+            try:
+                os.chown(self.cache, 65534, -1)
+            except OSError as e:
+                self.skipTest('root has no other users here: %s' % e)
         self.check(False)
         if not os.getuid():
             os.chown(self.cache, 0, -1)
@@ -10576,7 +10579,7 @@ def anybody(*command, **options):
             os.setuid(65534)
     try:
         return subprocess.call(command, preexec_fn=become, **options)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return 126
 
 
