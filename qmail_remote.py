@@ -509,7 +509,7 @@ PEEK_MAX = 32768                # bytes of a pipe read ahead, for SIZE
 BACKLOG_MAX = 16 << 20          # bytes of replies held while we still send
 SERVERS_MAX = 20                # addresses tried in one run
 EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
-ADDRESSES_MAX = 256             # addresses of one exchanger and family
+ADDRESSES_MAX = 80              # addresses of one exchanger and family
 SECRET_PART = 4                 # bytes of a secret that tell too much
 AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
 AUTH_COMMAND_MAX = 510          # the same of AUTH itself (RFC 5321 4.5.3.1.4)
@@ -525,8 +525,10 @@ DNS_SERVERS_MAX = 3                         # MAXNS, resolv.h
 DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'   # their AD is believed
 DNS_UDP_SIZE = 1232                         # EDNS0 without fragmentation
 DNS_LINKS_MAX = 10                          # CNAMEs from one name
+DNS_ALIASES_MAX = 64                        # CNAMEs in one answer
 DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
 DNS_TOGETHER = 3 * EXCHANGERS_MAX           # questions in flight
+DNS_BYTES_MAX = DNS_TOGETHER * 1365         # answers of one delivery, 512 KiB
 
 TLS_KEPT = 64                   # contexts, and tickets, of one process
 TLS_HANDSHAKE = 60              # or timeoutremote, if that is less
@@ -1283,10 +1285,14 @@ class Malformed(Exception):
     """An answer that breaks RFC 1035."""
 
 
+class TooMuch(Malformed):
+    """More answers than one delivery may read."""
+
+
 class Answer(Value):
     """A parsed answer.  rcode with its EDNS part; truncated; lame: neither
     authority nor recursion stands behind it; records: (owner, type, value)
-    of the answer section; final: an SOA says that there is no more;
+    of the answer section, those asked for and CNAMEs; final: an SOA says that there is no more;
     authentic: the server has validated it (AD, RFC 4035 3.2.3)."""
     __slots__ = ('rcode', 'truncated', 'lame', 'records', 'final',
                  'authentic')
@@ -1301,38 +1307,57 @@ def build_question(ident, name, qtype, edns, trusted=False):
         + (struct.pack('>BHHLH', 0, OPT, DNS_UDP_SIZE, 0, 0) if edns else b'')
 
 
-def read_name(packet, at):
-    """(name, where it ends).  Pointers must lead strictly backwards, so
-    that there is no loop (RFC 1035 4.1.4).  Raises Malformed."""
-    name, after, start = b'', None, at
-    for _ in range(DNS_NAME_MAX):       # more steps than any name needs
-        length = packet[at:at + 1]
-        if not length:
-            raise Malformed('name past the end')
-        size = length[0]
-        if size >= 0xC0:
-            if at + 2 > len(packet):
-                raise Malformed('pointer past the end')
-            if after is None:
-                after = at + 2
-            at = struct.unpack_from('>H', packet, at)[0] & 0x3FFF
-            if not 12 <= at < start:
+class Names:
+    """The names in a packet.  A name is read once, and so is the rest of one
+    that pointers lead to.  All of them together take no more steps, labels
+    and pointers, than the packet has bytes; honest ones need far less."""
+
+    def __init__(self, packet):
+        self.packet, self.steps = packet, len(packet)
+        self.known = {}         # where it begins: (name, where it ends)
+
+    def read(self, at):
+        """(name, where it ends).  Pointers must lead strictly backwards, so
+        that there is no loop (RFC 1035 4.1.4).  Raises Malformed."""
+        begin, name, parts = at, b'', []
+        while at is not None and at not in self.known:
+            start, before = at, len(name)
+            labels, end, at = self._labels(start)
+            if at is not None and not 12 <= at < start:
                 raise Malformed('pointer not backwards')
-            start = at
-            continue
-        label = packet[at:at + 1 + size]
-        name += label
-        if size > 63 or len(label) <= size or len(name) > DNS_NAME_MAX:
-            raise Malformed('label')
-        at += 1 + size
-        if not size:
-            return name.lower(), at if after is None else after
-    raise Malformed('pointers without end')
+            name += labels
+            parts.append((start, before, end))
+        if at is not None:
+            name += self.known[at][0]
+        if len(name) > DNS_NAME_MAX:
+            raise Malformed('long name')
+        name = name.lower()
+        for start, before, end in parts:
+            self.known[start] = name[before:], end
+        return self.known[begin]
+
+    def _labels(self, start):
+        """(labels up to a pointer or the root, where that ends, where the
+        pointer leads, or None)."""
+        packet, at = self.packet, start
+        while at < len(packet) and self.steps:
+            self.steps -= 1
+            size = packet[at]
+            if size >= 0xC0 and at + 2 <= len(packet):
+                return packet[start:at], at + 2, \
+                    struct.unpack_from('>H', packet, at)[0] & 0x3FFF
+            at += 1 + size
+            if size > 63 or at > len(packet) or at - start > DNS_NAME_MAX:
+                raise Malformed('label')
+            if not size:
+                return packet[start:at], at, None
+        raise Malformed('name past the end')
 
 
-def read_record(packet, at):
+def read_record(names, at):
     """(owner, type, rdata's start, rdata's end, TTL).  Raises Malformed."""
-    owner, at = read_name(packet, at)
+    packet = names.packet
+    owner, at = names.read(at)
     if at + 10 > len(packet):
         raise Malformed('record past the end')
     rtype, rclass, ttl, size = struct.unpack_from('>HHLH', packet, at)
@@ -1344,12 +1369,13 @@ def read_record(packet, at):
     return owner, rtype, at, at + size, ttl
 
 
-def read_value(packet, rtype, start, end):
+def read_value(names, rtype, start, end):
     """The value of an A or AAAA record (an address), MX (preference, name),
     CNAME (name) or TLSA (usage, selector, matching type, data: RFC 6698);
     others as None.  A TLSA record that is too short stays, with numbers that
     dane_usable() refuses: it spoils no other one, and its zone has TLSA
     records.  Raises Malformed."""
+    packet = names.packet
     if rtype in (A, AAAA):
         if end - start != (4 if rtype == A else 16):
             raise Malformed('address length')
@@ -1360,10 +1386,10 @@ def read_value(packet, rtype, start, end):
     if rtype == MX:
         if end - start < 3:
             raise Malformed('MX length')
-        name, after = read_name(packet, start + 2)
+        name, after = names.read(start + 2)
         value = struct.unpack_from('>H', packet, start)[0], name
     elif rtype == CNAME:
-        name, after = read_name(packet, start)
+        name, after = names.read(start)
         value = name
     else:
         return None
@@ -1388,21 +1414,26 @@ def parse_answer(packet, ident, name, qtype):
         return Answer(flags & 15, False, False, [], False, False)
     if questions != 1:
         return None
+    names = Names(packet)
     try:
-        asked, at = read_name(packet, 12)
+        asked, at = names.read(12)
     except Malformed:
         return None
     if asked != name or packet[at:at + 4] != struct.pack('>2H', qtype, 1):
         return None
     at += 4
-    rcode, records, final = flags & 15, [], False
+    rcode, records, final, aliases = flags & 15, [], False, 0
     if flags & TC:
         return Answer(rcode, True, False, records, final, False)
     for index in range(answers + authority + additional):
-        owner, rtype, start, at, ttl = read_record(packet, at)
+        owner, rtype, start, at, ttl = read_record(names, at)
         if index < answers:
-            records.append((owner, rtype,
-                            read_value(packet, rtype, start, at)))
+            value = read_value(names, rtype, start, at)
+            aliases += rtype == CNAME
+            if aliases > DNS_ALIASES_MAX:
+                raise Malformed('aliases')
+            if rtype in (qtype, CNAME):
+                records.append((owner, rtype, value))
         elif rtype == SOA and index < answers + authority:
             final = True
         elif rtype == OPT:
@@ -1431,8 +1462,9 @@ def follow(records, name, qtype):
         if len(owners) > DNS_LINKS_MAX:
             raise Malformed('CNAME chain')
         owners.append(aliases[owners[-1]])
+    chain = set(owners)
     values = [value for owner, rtype, value in records
-              if rtype == qtype and owner in owners]
+              if rtype == qtype and owner in chain]
     return values, owners[-1], len(owners) - 1
 
 
@@ -1586,6 +1618,7 @@ class Resolver:
         self.first = config.servers.index(first) \
             if first in config.servers else 0
         self.open = 0           # sockets in use
+        self.left = DNS_BYTES_MAX
 
     def preferred(self):
         """The NameServer that is asked first."""
@@ -1644,6 +1677,8 @@ class Resolver:
                         min(end, self.clock() + config.timeout))
                     if not settles(answer, name, qtype):
                         continue
+                except TooMuch:
+                    return None
                 except (Malformed, TimedOut):
                     continue
                 except OSError as error:
@@ -1700,6 +1735,13 @@ class Resolver:
         self.open -= 1
         sock.close()
 
+    def _take(self, size):
+        """Allows for an answer of size bytes.  What they hold is other
+        people's; a zone of 384 answers of 64 KB would cost seconds."""
+        if size > self.left:
+            raise TooMuch('bytes')
+        self.left -= size
+
     def _udp(self, server, packet, understand, deadline):
         sock = yield from self._socket(server, socket.SOCK_DGRAM, deadline)
         try:
@@ -1709,9 +1751,12 @@ class Resolver:
             while True:
                 yield sock, False, deadline
                 try:
-                    answer = understand(sock.recv(65536))
+                    data = sock.recv(65536)
                 except BlockingIOError:
                     continue
+                if data[:2] == packet[:2]:
+                    self._take(len(data))
+                answer = understand(data)
                 if answer is not None:
                     return answer
         finally:
@@ -1727,7 +1772,7 @@ class Resolver:
                 yield sock, True, deadline
             raise_error_of(sock)
             sock.send(struct.pack('>H', len(packet)) + packet)
-            data, size = b'', 2
+            data, size = bytearray(), 2
             while len(data) < size:
                 yield sock, False, deadline
                 try:
@@ -1739,7 +1784,8 @@ class Resolver:
                 data += block
                 if len(data) == size == 2:
                     size += struct.unpack('>H', data)[0]
-            answer = understand(data[2:])
+                    self._take(size)
+            answer = understand(bytes(data[2:]))
             if answer is None or answer.truncated:
                 raise Malformed('no answer over TCP')
             return answer
@@ -1866,15 +1912,23 @@ def find_servers(host, route, resolver, own):
                          if relay or not exists else NO_ADDRESS)
     if not relay:
         found = better_than_own(found, soft, own)
+    return servers_of(in_order(found), port)
+
+
+def servers_of(exchangers, port):
+    """The Servers that exchangers have, each address once."""
     servers, seen = [], set()
-    for exchanger in in_order(found):
+    for exchanger in exchangers:
+        name = host_name(exchanger.name)
+        tlsa_name = host_name(exchanger.tlsa_name)
         for address in exchanger.addresses:
+            if len(servers) == SERVERS_MAX:
+                return servers
             if address not in seen:
                 seen.add(address)
-                servers.append(Server(
-                    address, port, host_name(exchanger.name) or address,
-                    exchanger.tlsa, host_name(exchanger.tlsa_name)))
-    return servers[:SERVERS_MAX]
+                servers.append(Server(address, port, name or address,
+                                      exchanger.tlsa, tlsa_name))
+    return servers
 
 
 def find_exchangers(name, resolver, missing, host):
@@ -1976,9 +2030,9 @@ def better_than_own(found, soft, own):
     """found without what is not strictly better than the best address of
     this host's own; soft are the preferences of those that may have more,
     later.  Raises Report if nothing is left."""
-    limit = min((exchanger.preference for exchanger in found
-                 if any(own(address) for address in exchanger.addresses)),
-                default=None)
+    limit = next((exchanger.preference for exchanger in in_order(found)
+                  if any(own(address) for address in exchanger.addresses)),
+                 None)
     if limit is not None:
         found = [exchanger for exchanger in found
                  if exchanger.preference < limit]
