@@ -1988,8 +1988,9 @@ class Outcomes(Tables):
                         'QUIT', 'END_OF_DATA'):
                 with self.subTest(name):
                     self.assertNotIn(b'\0', text)
-                    self.assertIn(text[:1], b'N' if name in (
-                        'TLS_CLEAR', 'TLS_PASSWORD') else b'KZDhsn%')
+                    # Some are lines for the end of a report.
+                    self.assertIn(text[:1], b'NOT' if name.startswith(
+                        'TLS_') and text[:1] != b'Z' else b'KZDhsnt%')
 
 
 # DNS wire
@@ -8287,7 +8288,7 @@ class Process(unittest.TestCase):
             ('timeoutconnect', b'1_0\r\n'), ('timeoutremote', b'abc'),
             ('smtproutes', here + b'\n#' + b'x' * 1000000),
             ('smtproutes', here + b'\nno colon, CR \r and NUL \0'),
-            ('smtproutes', here + b'||pass'), ('authsenders', b'# none\n')]
+            ('authsenders', b'# none\n')]
         for case in good:
             with self.subTest('%s: %.60r' % case), \
                     Home(smtproutes=here) as home:
