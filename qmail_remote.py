@@ -427,10 +427,12 @@ DIFFERENCES
     is no /etc/hosts, no search list.  A null MX (RFC 7505) bounces the mail.
     A relay that DNS does not know defers it.
 
-    A reply is three digits from 200 to 599, of the same class on each line;
-    anything else is a dead line.  530 is temporary; so is 552 to a recipient
-    after others were accepted.  Only 354 opens the data phase.  A refusal in
-    the middle of the message is read, and is the verdict.
+    A reply is three digits from 200 to 599, of the same class on each line,
+    1 MiB at most; anything else is a dead line.  But in the reply to the
+    message, lines without digits after the first one are passed over.  530
+    is temporary; so is 552 to a recipient after others were accepted.  Only
+    354 opens the data phase.  A refusal in the middle of the message is
+    read, and is the verdict.
 
     A partial final line is seen before connecting, if the input is a file.
 
@@ -499,6 +501,7 @@ CONTROL_MAX = 1 << 20           # bytes of a control file
 BYTE_ORDER_MARK = b'\xef\xbb\xbf'         # what some editors put before UTF-8
 REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
 REPLY_KEPT = 16384              # bytes of a reply kept, before masking
+REPLY_SIZE_MAX = 1 << 20        # bytes of a reply read
 TRAIL_MAX = 200                 # bytes of a reply shown in the trail
 INPUT_BLOCK = 65536             # bytes asked of the socket at once
 IDLE_MAX = 256                  # blocks taken in ahead of their time
@@ -2824,9 +2827,13 @@ class Line:
         """Whether to take in more, ahead of its time."""
         return not self.ended and len(self.input) < BACKLOG_MAX
 
-    def reply(self, seconds):
-        """The next Reply, whole, within seconds."""
-        deadline, reader = self.clock() + seconds, ReplyReader()
+    def reply(self, seconds, lenient=False):
+        """The next Reply, whole, within seconds; lenient: see ReplyReader.
+        It waits before each look, so that a peer that never stops cannot
+        keep it from seeing the deadline; and looks once more after that: if
+        this process has been stopped meanwhile, the reply may be there."""
+        deadline, reader = self.clock() + seconds, ReplyReader(lenient)
+        timed_out = None
         while True:
             used = reader.take(self.input)
             if used is not None:
@@ -2835,11 +2842,14 @@ class Line:
             self.input = bytearray()
             if self.ended:
                 raise Lost(b'connection closed')
-            if not self._fill():
-                self._push_backlog()
+            if timed_out:
+                raise timed_out
+            self._push_backlog()
+            try:
                 self._wait(True, False, deadline)
-            elif self.clock() >= deadline:
-                raise Lost(b'timed out')
+            except Lost as lost:
+                timed_out = lost
+            self._fill()
 
     def heard(self):
         """Whether the peer has said something that nobody has read, or has
@@ -3105,12 +3115,15 @@ class Reply(Value):
 
 
 class ReplyReader:
-    """Reads one reply (RFC 5321 4.2.1) from pieces of any size, and keeps
-    no more than REPLY_KEPT bytes of each line, and twice that in all."""
-    __slots__ = ('line', 'text', 'code')
+    """Reads one reply (RFC 5321 4.2.1) from pieces of any size, of up to
+    REPLY_SIZE_MAX bytes, and keeps no more than REPLY_KEPT bytes of each
+    line, and twice that in all.  lenient: after the first line it passes
+    over lines without a code."""
+    __slots__ = ('line', 'text', 'code', 'size', 'lenient')
 
-    def __init__(self):
+    def __init__(self, lenient=False):
         self.line, self.text, self.code = bytearray(), bytearray(), None
+        self.size, self.lenient = 0, lenient
 
     def take(self, data):
         """The number of bytes used if the reply ends in data, else None.
@@ -3119,36 +3132,45 @@ class ReplyReader:
         while True:
             end = data.find(b'\n', start)
             piece = data[start:] if end < 0 else data[start:end]
+            self.size += len(piece) + (end >= 0)
+            if self.size > REPLY_SIZE_MAX:
+                raise Lost(b'a reply without end')
             self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
-            self._check(end >= 0)
+            has_code = self._check(end >= 0)
             if end < 0:
                 return None
             start = end + 1
-            if self._line_ended():
+            if self._line_ended(has_code):
                 return start
 
     def reply(self):
         return Reply(self.code, bytes(self.text))
 
     def _check(self, ended):
+        """Whether the line has a code, or may have one when it has ended.
+        Raises Lost if it must, and for a code of another class."""
         line = self.line.rstrip(b'\r') if ended else self.line
         digits, mark = line[:3], line[3:4]
         if len(digits) < 3 and not ended:
-            ok = all(c in b'0123456789' for c in digits) and \
+            has_code = all(c in b'0123456789' for c in digits) and \
                 digits[:1] in (b'', b'2', b'3', b'4', b'5')
         else:
-            ok = len(digits) == 3 and digits.isdigit() and \
+            has_code = len(digits) == 3 and digits.isdigit() and \
                 digits[0] in b'2345' and \
-                mark in ((b'', b' ', b'-') if ended
-                         else (b'', b' ', b'-', b'\r'))
-        if ok and self.code and digits:
-            ok = digits[0] - 48 == self.code // 100
-        if not ok:
+                mark in ((b'', b' ', b'-', b'\t') if ended
+                         else (b'', b' ', b'-', b'\t', b'\r'))
+        may_lack_code = self.lenient and self.code is not None
+        other_class = has_code and digits and self.code is not None and \
+            digits[0] - 48 != self.code // 100
+        if not has_code and not may_lack_code or \
+                other_class and (ended or not may_lack_code):
             raise Lost(b'no SMTP reply')
+        return has_code
 
-    def _line_ended(self):
-        self.code = int(self.line[:3])
-        last = self.line[3:4] != b'-'
+    def _line_ended(self, has_code):
+        last = has_code and self.line[3:4] != b'-'
+        if has_code:
+            self.code = int(self.line[:3])
         if len(self.text) < REPLY_KEPT:
             self.text += self.line.replace(b'\r', b'') + b'\n'
         self.line = bytearray()
@@ -3690,7 +3712,7 @@ class Session:
                        self.reports, self.tail)
         later = Report(temporary(MESSAGE_FAILED) % self.address,
                        self.reports, self.tail)
-        reply = self.line.reply(self.timeout)
+        reply = self.line.reply(self.timeout, True)
         if 300 <= reply.code < 400:
             raise Lost(b'out of step')
         self.final = taken if reply.code < 300 else later
