@@ -101,10 +101,11 @@ DESCRIPTION
     X.7.x, which speaks of security, is tried again later.  On port 465 it is
     used from the first byte, and nothing is sent without.  It is required,
     and the certificate checked, where control/tlshosts says so, where
-    authentic TLSA records do (DANE, RFC 7672, by the name servers 127.0.0.1,
-    ::1 or 127.0.0.53, or any with "options trust-ad" in resolv.conf(5)), and
-    before a password on every port but 25 and 26, unless it goes to this
-    host itself (127.0.0.0/8, ::1).  After a failure of TLS no password is
+    authentic TLSA records of the exchanger, or of a relay given by name, do
+    (DANE, RFC 7672, by the name servers 127.0.0.1, ::1 or 127.0.0.53, or any
+    with "options trust-ad" in resolv.conf(5)), and before a password on every
+    port but 25 and 26, unless it goes to this host itself (127.0.0.0/8,
+    ::1).  After a failure of TLS no password is
     sent in the clear.
 
     A handshake may take a minute, or timeoutremote if that is less.  If it
@@ -1295,8 +1296,9 @@ class TooMuch(Malformed):
 class Answer(Value):
     """A parsed answer.  rcode with its EDNS part; truncated; lame: neither
     authority nor recursion stands behind it; records: (owner, type, value)
-    of the answer section, those asked for and CNAMEs; final: an SOA says that there is no more;
-    authentic: the server has validated it (AD, RFC 4035 3.2.3)."""
+    of the answer section, those asked for and CNAMEs; final: an SOA says
+    that there is no more; authentic: the server has validated it (AD,
+    RFC 4035 3.2.3)."""
     __slots__ = ('rcode', 'truncated', 'lame', 'records', 'final',
                  'authentic')
 
@@ -1561,14 +1563,16 @@ def parse_resolv_conf(data, override=b''):
 
 def lookup_words(name, qtype, lookup):
     """A question and what became of it, for the screen."""
-    kind = {A: b'A', AAAA: b'AAAA', MX: b'MX', TLSA: b'TLSA'}[qtype]
+    kind = {A: b'A', AAAA: b'AAAA', MX: b'MX', TLSA: b'TLSA',
+            CNAME: b'CNAME'}[qtype]
     words = {Lookup.NONE: b'no such name',
              Lookup.SOFT: b'no answer for now'}.get(lookup.status)
     if words is None:
         words = b', '.join(
             b'%d %s' % (value[0], dotted(value[1])) if qtype == MX else
             b'%d %d %d ' % value[:3] + value[3].hex().encode()
-            if qtype == TLSA else value for value in lookup.values) or b'none'
+            if qtype == TLSA else dotted(value) if qtype == CNAME else value
+            for value in lookup.values) or b'none'
     if lookup.name != name:
         words += b', of ' + dotted(lookup.name)
     return b'DNS: %s %s: %s%s' % (dotted(name), kind, words,
@@ -1626,6 +1630,10 @@ class Resolver:
     def preferred(self):
         """The NameServer that is asked first."""
         return self.config.servers[self.first]
+
+    def trusted(self):
+        """Whether an AD in the answers counts."""
+        return all(server.trusted for server in self.config.servers)
 
     def ask(self, questions):
         """Asks all questions, pairs of a wire name and a type, side by
@@ -1820,9 +1828,15 @@ def raise_error_of(sock):
 class Server(Value):
     """A place to try: IP address (bytes), port, the exchanger's or relay's
     name (bytes; the address, if it has no host name), its TLSA records (a
-    list, empty without DANE; None: not known for now) and the name that has
-    them, which differs if name is an alias."""
-    __slots__ = ('address', 'port', 'name', 'tlsa', 'tlsa_name')
+    list, empty without DANE; None: not known for now), the name that has
+    them, which differs if name is an alias, and the names of the domain or
+    relay that the mail is for, as given and where its CNAMEs lead: with
+    usage 2 they are as good as tlsa_name (RFC 7672 3.2.2)."""
+    __slots__ = ('address', 'port', 'name', 'tlsa', 'tlsa_name', 'next_hop')
+
+    def reference_names(self):
+        """The names that a certificate may be for, with usage 2."""
+        return list(filter(None, [self.tlsa_name] + self.next_hop))
 
 
 class Exchanger(Value):
@@ -1897,15 +1911,17 @@ def find_servers(host, route, resolver, own):
     port = route.port or PORT_SMTP
     target, relay = route.relay or host, route.relay is not None
     missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
-    address = literal(target)
+    address, next_hop = literal(target), []
     if address is not None:
         found, soft = [Exchanger(0, None, [address], [], None)], []
     else:
         name = wire_name(target)
         if name is None:
             raise Report(missing)
-        exchangers, signed, rest = ([(0, name)], False, []) if relay else \
+        exchangers, signed, rest, end = \
+            ([(0, name)], resolver.trusted(), [], name) if relay else \
             find_exchangers(name, resolver, missing, host)
+        next_hop = [host_name(name), host_name(end)]
         found, soft, exists = find_addresses(exchangers, resolver,
                                              port if signed else None)
         soft += rest
@@ -1915,10 +1931,10 @@ def find_servers(host, route, resolver, own):
                          if relay or not exists else NO_ADDRESS)
     if not relay:
         found = better_than_own(found, soft, own)
-    return servers_of(in_order(found), port)
+    return servers_of(in_order(found), port, next_hop)
 
 
-def servers_of(exchangers, port):
+def servers_of(exchangers, port, next_hop):
     """The Servers that exchangers have, each address once."""
     servers, seen = [], set()
     for exchanger in exchangers:
@@ -1930,15 +1946,15 @@ def servers_of(exchangers, port):
             if address not in seen:
                 seen.add(address)
                 servers.append(Server(address, port, name or address,
-                                      exchanger.tlsa, tlsa_name))
+                                      exchanger.tlsa, tlsa_name, next_hop))
     return servers
 
 
 def find_exchangers(name, resolver, missing, host):
     """([(preference, wire name)] from MX, or the host itself without one;
     whether the answer is authentic; the preferences of those that are too
-    many).  Raises Report; a lookup that fails for now never falls back to
-    A."""
+    many; where the CNAMEs from name led).  Raises Report; a lookup that fails
+    for now never falls back to A."""
     lookup, = resolver.ask([(name, MX)])
     if lookup.status == Lookup.SOFT:
         raise Report(DNS_SOFT)
@@ -1952,7 +1968,8 @@ def find_exchangers(name, resolver, missing, host):
         best.setdefault(name, preference)               # no duplicates
     ordered = [(preference, name) for name, preference in best.items()]
     return ordered[:EXCHANGERS_MAX], lookup.authentic, \
-        [preference for preference, _ in ordered[EXCHANGERS_MAX:]]
+        [preference for preference, _ in ordered[EXCHANGERS_MAX:]], \
+        lookup.name
 
 
 def find_addresses(exchangers, resolver, tlsa_port):
@@ -1970,10 +1987,7 @@ def find_addresses(exchangers, resolver, tlsa_port):
         questions += tlsa_questions(tlsa_port, [name for _, name in asked])
     lookups = dict(zip(questions, resolver.ask(questions)))
     if tlsa_port:               # a second stage, if there are aliases
-        questions = tlsa_questions(
-            tlsa_port, {lookup.name for (name, qtype), lookup in
-                        lookups.items() if qtype != TLSA and lookup.authentic
-                        and lookup.values and lookup.name != name})
+        questions = alias_questions(tlsa_port, lookups)
         lookups.update(zip(questions, resolver.ask(questions)))
     soft, exists = [], False
     for preference, name in asked:
@@ -1998,6 +2012,18 @@ def tlsa_questions(port, names):
             if len(prefix + name) <= DNS_NAME_MAX]
 
 
+def alias_questions(port, lookups):
+    """What to ask besides about names that are aliases: the TLSA records of
+    what they stand for, if that is authentic; else whether the CNAME itself
+    is, for then their own TLSA records count (RFC 7672 2.2.2)."""
+    questions = set()
+    for (name, qtype), lookup in lookups.items():
+        if qtype != TLSA and lookup.values and lookup.name != name:
+            questions.update(tlsa_questions(port, [lookup.name])
+                             if lookup.authentic else [(name, CNAME)])
+    return list(questions)
+
+
 def find_tlsa(name, addresses, port, lookups):
     """(the TLSA records of an exchanger as in Server, the name that has
     them): of the name that an alias stands for before the alias itself
@@ -2005,22 +2031,30 @@ def find_tlsa(name, addresses, port, lookups):
     for base in [lookup.name for lookup in addresses
                  if lookup.values and lookup.name != name] + [name]:
         for question in tlsa_questions(port, [base]) if port else ():
-            records = dane_records(addresses, lookups.get(question))
+            records = dane_records(addresses, lookups.get(question),
+                                   lookups.get((base, CNAME)))
             if records is None or records:
                 return records, base
     return [], name
 
 
-def dane_records(addresses, tlsa):
-    """The TLSA records that count, given the Lookups of addresses and TLSA
-    (None: not asked).  Without authentic addresses TLSA is not even looked
-    at: unsigned zones sit on servers that choke on it (RFC 7672 2.2.2)."""
-    if tlsa is None or not all(lookup.authentic for lookup in addresses
-                               if lookup.values):
+def dane_records(addresses, tlsa, alias=None):
+    """The TLSA records that count, given the Lookups of addresses, of TLSA
+    and, for an alias of insecure addresses, of its CNAME (None: not asked).
+    Without authentic addresses, or an authentic alias, TLSA is not even
+    looked at: unsigned zones sit on servers that choke on it (RFC 7672
+    2.2.2)."""
+    signed = all(lookup.authentic for lookup in addresses if lookup.values)
+    doubt = not signed and alias is not None and alias.status == Lookup.SOFT
+    if not signed and alias is not None:
+        signed = alias.authentic and bool(alias.values)
+    if tlsa is None or not (signed or doubt):
         return []
     if tlsa.status == Lookup.SOFT:
         return None
-    return tlsa.values if tlsa.authentic else []
+    if not tlsa.authentic or not tlsa.values:
+        return []
+    return None if doubt else tlsa.values
 
 
 def literal_target(name):
@@ -2366,7 +2400,8 @@ def tls_context(policy, control, tls12=False):
         # Trust may end at the server's own certificate, or at any CA's.
         context.verify_flags |= X509_PARTIAL_CHAIN
     context.verify_mode = ssl.CERT_REQUIRED
-    context.check_hostname = True
+    # Of several names OpenSSL could check one; Session.judge() checks those.
+    context.check_hostname = policy.check != TlsPolicy.ANCHORS
     return context
 
 
@@ -2428,6 +2463,20 @@ def pem_certificates(pem):
         except ValueError:
             pass
     return found
+
+
+def is_for(certificate, names):
+    """Whether a certificate, as getpeercert() gives it, is for one of the
+    names: one of its DNS names is the same, or has * in the place of the
+    first label (RFC 7672 3.2.3)."""
+    for kind, text in certificate.get('subjectAltName', ()):
+        shown = text.encode('utf-8', 'replace').lower()
+        star, _, parent = shown.partition(b'.')
+        for name in names if kind == 'DNS' else ():
+            if shown == name or star == b'*' and b'.' in parent and \
+                    parent == name.partition(b'.')[2]:
+                return True
+    return False
 
 
 def der_item(data, at):
@@ -3581,6 +3630,9 @@ class Session:
                 checked = b'pinned'
             elif check == TlsPolicy.PINNED:
                 raise TlsFailed(b'certificate not in tlshosts')
+        elif check == TlsPolicy.ANCHORS and not is_for(
+                connection.getpeercert(), self.server.reference_names()):
+            raise TlsFailed(b'the certificate is for other names')
         if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
         self.tail = layer.facts() + b', ' + checked + b'\n'

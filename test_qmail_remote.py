@@ -2400,7 +2400,8 @@ class DnsWire(Tables):
     def test_names_are_read_once(self):
         """However often they are wanted, and not without end."""
         label, many = b'\x01a', 120
-        packet = bytes(12) + label * many + b'\0' + b'\xc0\x0c' * 5000 + bytes(9999)
+        packet = bytes(12) + label * many + b'\0' + b'\xc0\x0c' * 5000 + \
+            bytes(9999)
         names = qr.Names(packet)
         for i in range(5000):
             self.assertEqual(label * many + b'\0',
@@ -3133,6 +3134,10 @@ class Zone:
             elif values != SOFT:
                 values = [value.encode() for value in values]
             self.records[dns_name(name), DNS_TYPES[kind]] = values
+
+    @staticmethod
+    def trusted():
+        return False
 
     def ask(self, questions):
         self.asked.append(list(questions))
@@ -4764,7 +4769,7 @@ class Trying(Tables):
                     return outcome
                 with self.assertRaises(qr.NextServer) as caught:
                     qr.try_server(
-                        qr.Server(b'192.0.2.1', 26, b'h', [], None),
+                        qr.Server(b'192.0.2.1', 26, b'h', [], None, []),
                         qr.Route(None, None, None),
                         value_of(qr.Envelope, sender=b'', recipients=[b'a']),
                         control_files(), world_of(
@@ -4789,7 +4794,7 @@ class Trying(Tables):
                 return qr.connect(b'127.0.0.1', server.port, seconds)
             with self.assertRaises(qr.NextServer) as caught:
                 qr.try_server(
-                    qr.Server(b'192.0.2.1', 25, b'h', [], None),
+                    qr.Server(b'192.0.2.1', 25, b'h', [], None, []),
                     qr.Route(None, None, None),
                     value_of(qr.Envelope, sender=b'', recipients=[b'a']),
                     control_files(), world_of(
@@ -5635,6 +5640,10 @@ class FuzzCase(FuzzClock):
     @staticmethod
     def ready(reading, writing, deadline):
         return reading, ()
+
+    @staticmethod
+    def trusted():
+        return False
 
     def ask(self, questions):
         """In place of a Resolver's."""
@@ -9770,7 +9779,8 @@ class SpawnTables(Tables):
                     connect=lambda address, port, seconds: qr.connect(
                         IP.encode(), server.port, seconds))
                 with contextlib.suppress(qr.NextServer):
-                    qr.try_server(qr.Server(IP.encode(), 25, b'', [], None),
+                    qr.try_server(qr.Server(IP.encode(), 25, b'', [], None,
+                                            []),
                                   qr.Route(None, None, None), envelope,
                                   control_files(), world)
             self.assertEqual(after, envelope.told)
@@ -12059,6 +12069,9 @@ class AfterTheVerdict(Tables):
               lambda: qr.NextServer(None, b'the next'), KeyboardInterrupt]
 
     class Resolver:
+        def trusted(self):
+            return False
+
         def ask(self, questions):
             return [qr.Lookup(qr.Lookup.OK, {
                 qr.MX: [(1, b'\1a\0'), (2, b'\1b\0'), (3, b'\1c\0')],
@@ -12145,7 +12158,8 @@ IN_THE_CLEAR = qr.TlsPolicy(False, False, NOTHING, None)
 
 def server_at(address, port, records=()):
     """A Server with these TLSA records."""
-    return qr.Server(address, port, b'relay.example', records, None)
+    return qr.Server(address, port, b'relay.example', records, None,
+                     [])
 
 
 class TlsTables(Tables):
@@ -12370,6 +12384,36 @@ class TlsTables(Tables):
                 ([], ['relay'], [])]:
             self.check(result, check, records, chain)
 
+    def test_is_for(self):
+        """Which names a certificate is for."""
+        for shown, names, want in [
+                (['a.example'], [b'a.example'], True),
+                (['A.Example'], [b'a.example'], True),
+                (['a.example'], [b'b.example', b'a.example'], True),
+                (['b.example', 'a.example'], [b'a.example'], True),
+                (['a.example'], [b'b.example'], False),
+                (['a.example'], [b'x.a.example'], False),
+                (['x.a.example'], [b'a.example'], False),
+                (['*.a.example'], [b'x.a.example'], True),
+                (['*.a.example'], [b'a.example'], False),
+                (['*.a.example'], [b'y.x.a.example'], False),
+                (['*x.a.example'], [b'x.a.example'], False),
+                (['x*.a.example'], [b'xx.a.example'], False),
+                (['x.*.example'], [b'x.a.example'], False),
+                (['*.example'], [b'a.example'], False),
+                (['*'], [b'example'], False), (['*.'], [b'example'], False),
+                (['*.*.example'], [b'x.a.example'], False),
+                (['a.example\0.evil.example'], [b'a.example'], False),
+                (['\xfc.example'], [b'a.example'], False),
+                ([''], [], False), (['a.example'], [], False), ([], [], False),
+                ([], [b'a.example'], False)]:
+            self.check(want, qr.is_for, {
+                'subject': ((('commonName', 'a.example'),),),
+                'subjectAltName': tuple(
+                    [('IP Address', 'a.example'), ('URI', 'a.example')] +
+                    [('DNS', name) for name in shown])}, names)
+        self.check(False, qr.is_for, {}, [b'a.example'])
+
     def test_pem_certificates(self):
         one, two = pem('ca').encode(), pem('self').encode()
         damaged = one.replace(b'\nM', b'\nM', 1)[:200] + two
@@ -12524,8 +12568,8 @@ class TlsTables(Tables):
                                                der('ca')]),
             qr.TlsControl(None, False, None, b''))
         self.assertEqual(
-            (ssl.CERT_REQUIRED, True, [der('ca')]),
-            (context.verify_mode, context.check_hostname,
+            (ssl.CERT_REQUIRED, [der('ca')]),
+            (context.verify_mode,
              context.get_ca_certs(True)))
 
     def test_usage_2_is_no_usage_3(self):
@@ -12833,7 +12877,7 @@ class TlsDamage(unittest.TestCase):
                 raise qr.TimedOut()
         session = qr.Session(
             qr.Line(server, wait, lambda: 0),
-            qr.Server(b'127.0.0.1', 465, b'relay.example', [], None),
+            qr.Server(b'127.0.0.1', 465, b'relay.example', [], None, []),
             control_files(), qr.Envelope(b'a@here.example', [b'b@x.example']),
             None, None, policy, lambda policy: qr.tls_context(
                 policy, qr.TlsControl(None, False, None, b'')))
@@ -13692,7 +13736,7 @@ class Tickets(unittest.TestCase):
                 name = other if other and turn % 2 else IP.encode()
                 try:
                     report = qr.try_server(
-                        qr.Server(IP.encode(), 25, name, [], None),
+                        qr.Server(IP.encode(), 25, name, [], None, []),
                         qr.Route(None, None, None), qr.Envelope(
                             SENDER.encode(), [RECIPIENTS[0].encode()]),
                         control_files(), world)
@@ -14034,9 +14078,6 @@ class Dane(Dialogues):
         rows += [
             self.case('STARTTLS all the same', over_tls('relay'), wrong, 'r',
                       self.UNCHECKED, unsigned=[(MX1, 'A')]),
-            self.case('a relay is never checked', over_tls('relay'), wrong,
-                      'r', self.UNCHECKED, control={
-                          'smtproutes': b':mx1.there.example:25'}),
             self.case('a host without MX', over_tls('relay'), [], 'r',
                       self.GOOD, host=MX1, overrides={
                           (TLSA1, 'TLSA'): lambda query, question, via: [
@@ -14052,6 +14093,113 @@ class Dane(Dialogues):
                                   '_2525._tcp.' + MX1, 'TLSA',
                                   tlsa(3, 1, 1, 'relay'))], 0x81A0)]})]
         self.play(rows)
+
+    def test_relays(self):
+        """A relay that is given by name is asked for like an exchanger
+        (RFC 7672 2.2.2), from what the administrator wrote on."""
+        right, wrong = [tlsa(3, 1, 1, 'relay')], [tlsa(3, 1, 1, 'self')]
+        by_name = {'smtproutes': b':mx1.there.example:25'}
+        by_address = {'smtproutes': b':127.0.0.2:25'}
+        login = binascii.b2a_base64(b'\0ann\0opensesame')[:-1].decode()
+        with_password = START + 'TLS: self\n' + EHLO_AGAIN + (
+            'S: 250-fake\nS: 250 AUTH PLAIN\nC: AUTH PLAIN %s\n'
+            'S: 235 ok\n' % login
+        ) + FROM_MAIL
+        submission = {
+            'smtproutes': b':mx1.there.example:587|ann|opensesame'}
+        at_587 = {('_587._tcp.' + MX1, 'TLSA'): lambda query, question, via: [
+            dns_message(question, [dns_record(
+                '_587._tcp.' + MX1, 'TLSA', tlsa(3, 1, 1, 'self'))], 0x81A0)]}
+        self.play([
+            self.case('right', over_tls('relay'), right, 'r', self.GOOD,
+                      control=by_name),
+            self.case('wrong', self.looked_at('relay'), wrong, self.NO_MATCH,
+                      control=by_name),
+            self.case('no TLS', TO_EHLO + 'S: 250 fake\nQ:', right,
+                      self.FAILED, control=by_name),
+            self.case('for now unknown', [], [], Like('Z', 'TLSA'),
+                      control=by_name,
+                      overrides={(TLSA1, 'TLSA'): {'rcode': 2}}),
+            self.case('an address that is not signed', over_tls('self'),
+                      wrong, 'r', self.UNCHECKED, control=by_name,
+                      unsigned=[(MX1, 'A')]),
+            self.case('records that are not signed', over_tls('relay'),
+                      wrong, 'r', self.UNCHECKED, control=by_name,
+                      unsigned=[(TLSA1, 'TLSA')]),
+            self.case('an exchanger that is not signed, but is not asked for',
+                      over_tls('relay'), right, 'r', self.GOOD,
+                      control=by_name, unsigned=[(HOST, 'MX')]),
+            self.case('by address', over_tls('relay'), wrong, 'r',
+                      self.UNCHECKED, control=by_address),
+            self.case('a password', with_password, [], 'r', self.GOOD,
+                      control=submission, overrides=at_587)])
+
+    def test_secure_aliases_of_insecure_names(self):
+        """Then the CNAME is asked for by itself, and if that is authentic,
+        the alias has the TLSA records."""
+        right, wrong = [tlsa(3, 1, 1, 'relay')], [tlsa(3, 1, 1, 'self')]
+        unsigned = [(MX1, 'A'), (MX1, 'AAAA')]
+
+        def case(title, script, at_target, at_alias, *reports, more=(),
+                 **options):
+            return self.alias(title, script, at_target, at_alias, *reports,
+                              unsigned=unsigned + list(more), **options)
+        self.play([
+            case('right', over_tls('relay name=' + MX1), [], right, 'r',
+                 self.GOOD),
+            case('wrong', self.looked_at('relay'), [], wrong, self.NO_MATCH),
+            case('the target has no say', over_tls('relay name=' + MX1),
+                 wrong, right, 'r', self.GOOD),
+            case('none', over_tls('self'), wrong, [], 'r', self.UNCHECKED),
+            case('the alias is not signed either', over_tls('relay'), [],
+                 wrong, 'r', self.UNCHECKED, more=[(MX1, 'CNAME')]),
+            case('TLSA is not signed', over_tls('relay'), [], wrong, 'r',
+                 self.UNCHECKED, more=[(TLSA1, 'TLSA')]),
+            case('TLSA for now unknown', [], [], [], Like('Z', 'TLSA'),
+                 overrides={(TLSA1, 'TLSA'): {'rcode': 2}}),
+            case('the alias is for now unknown', [], [], right,
+                 Like('Z', 'TLSA'), overrides={
+                     (MX1, 'CNAME'): {'rcode': 2}}),
+            case('so are both', [], [], [], Like('Z', 'TLSA'), overrides={
+                (MX1, 'CNAME'): {'rcode': 2}, (TLSA1, 'TLSA'): {'rcode': 2}}),
+            case('the alias is unknown, but nothing is at it',
+                 over_tls('self'), [], [], 'r', self.UNCHECKED, overrides={
+                     (MX1, 'CNAME'): {'rcode': 2}}),
+            case('and by way of a relay', self.looked_at('relay'), [], wrong,
+                 self.NO_MATCH, control={
+                     'smtproutes': b':mx1.there.example:25'})])
+
+    def test_next_hop(self):
+        """With usage 2 a certificate for the recipient's domain is as good
+        as one for the exchanger (RFC 7672 3.2.2); no third name is."""
+        def case(title, domain, certificate, *reports, alias=None,
+                 **options):
+            options = signed([tlsa(2, 0, 0, 'ca')], **options)
+            zone = options['records']
+            zone[domain, 'MX'] = zone.pop((HOST, 'MX'))
+            if alias:
+                zone[alias, 'CNAME'] = [domain]
+            for name in filter(None, (domain, alias)):
+                options['overrides'].setdefault((name, '*'), {'ad': True})
+            good = over_tls(certificate + ' name=' + MX1)
+            bad = START + 'TLS: %s\nQ:' % certificate
+            return row(title, {self.FIRST: [self.looked_at(certificate),
+                                            good if reports else bad]},
+                       *reports or [self.FAILED], host=alias or domain,
+                       **options)
+        good = 'r', self.GOOD
+        self.play([
+            case('the domain', 'other.example', 'other+ca', *good),
+            case('the exchanger', 'other.example', 'relay+ca', *good),
+            case('the domain, in capitals', 'OTHER.example', 'other+ca',
+                 *good),
+            case('an alias of the domain', 'nowhere.example', 'other+ca',
+                 *good, alias='other.example'),
+            case('what the domain stands for', 'other.example', 'other+ca',
+                 *good, alias='alias.example'),
+            case('another one', 'another.example', 'other+ca'),
+            case('below it', 'sub.other.example', 'other+ca'),
+            case('above it', 'example', 'other+ca')])
 
     def test_who_may_be_trusted(self):
         """Name servers on loopback, or any with trust-ad; but all of them,
@@ -15306,6 +15454,13 @@ none          MX     10 mx.none
 mx.none       A      127.0.0.2
 second        MX     10 mx.bogus.
 second        MX     20 mx.right
+alias         MX     10 mx.alias
+mx.alias      CNAME  mx.unsigned
+alias-wrong   MX     10 mx.alias-wrong
+mx.alias-wrong  CNAME  mx.unsigned
+*._tcp.mx.alias        TLSA  """ + tlsa_text(3, 1, 1, 'relay') + """
+*._tcp.mx.alias-wrong  TLSA  """ + tlsa_text(3, 1, 1, 'self') + """
+mx2.there     MX     10 mx.next-hop
 """ + ''.join("""
 %(name)s      MX     10 %(mx)s
 %(mx)s        A      127.0.0.2
@@ -15319,7 +15474,8 @@ second        MX     20 mx.right
         ('issuer', 'relay', (2, 0, 0, 'ca')),
         ('issuer-key', 'mail.dane', (2, 1, 1, 'ca')),
         ('issuer-wrong', 'mx1.there', (2, 0, 0, 'self')),
-        ('issuer-name', 'mx.issuer-name', (2, 0, 0, 'ca'))])
+        ('issuer-name', 'mx.issuer-name', (2, 0, 0, 'ca')),
+        ('next-hop', 'mx.next-hop', (2, 0, 0, 'ca'))])
 OTHER_ZONE = START_OF_ZONE + """
 @             MX     10 mx
 mx            A      127.0.0.3
@@ -15424,6 +15580,10 @@ DNSSEC_CASES = [
     ('useless.example', [TAKEN], 'certificate not checked'),
     ('unsigned.example', [TAKEN], 'certificate not checked'),
     ('second.example', [TAKEN], 'DANE'),
+    ('alias.example', [TAKEN], 'DANE'),
+    ('alias-wrong.example', [LOOKED_AT], None),
+    ('mx2.there.example', [LOOKED_AT, TAKEN], 'DANE'),
+    ('next-hop.example', [LOOKED_AT, NOT_TAKEN], None),
     ('wrong.example', [LOOKED_AT], None),
     ('issuer-wrong.example', [LOOKED_AT, NOT_TAKEN], None),
     ('issuer-name.example', [LOOKED_AT, NOT_TAKEN], None)]
@@ -15446,10 +15606,11 @@ class DnssecTest(unittest.TestCase):
         cls.unbound.stop()
         cls.knot.stop()
 
-    def mail(self, host, script, address='127.0.0.2'):
-        """The reports, of a delivery by MX to that address."""
+    def mail(self, host, script, address='127.0.0.2', relay=b''):
+        """The reports, of a delivery to that address, by MX or by way of a
+        relay."""
         with FakeTLS(script, address) as sink, Home(
-                smtproutes=b'::%d' % sink.port,
+                smtproutes=b':%s:%d' % (relay, sink.port),
                 notipme=b'127.0.0.2\n127.0.0.3\n') as home:
             outcome = run_program(
                 home, host, SENDER, RECIPIENTS[0],
@@ -15469,6 +15630,23 @@ class DnssecTest(unittest.TestCase):
                     self.assertEqual(reports, ['r', Like(
                         'K127.0.0.2 accepted message.\n',
                         ', %s\n' % checked)])
+
+    def test_relays(self):
+        for relay, script, checked in (
+                (b'mx.right.example', TAKEN, 'DANE'),
+                (b'mx.alias.example', TAKEN, 'DANE'),
+                (b'mx.wrong.example', LOOKED_AT, None),
+                (b'mx.none.example', TAKEN, 'certificate not checked'),
+                (b'mx.unsigned.example', TAKEN, 'certificate not checked')):
+            with self.subTest(relay):
+                self.assertEqual(self.mail(
+                    'there.example', [script], relay=relay)[-1], Like(
+                        'K127.0.0.2 accepted message.\n',
+                        ', %s\n' % checked) if checked else Like(
+                            'ZConnected to 127.0.0.2 but TLS failed: '))
+        self.assertEqual(
+            self.mail('there.example', [], '127.0.0.3', b'mx.bogus'), [Like(
+                "ZSorry, I couldn't look up the TLSA records of mx.bogus.")])
 
     def test_bogus(self):
         """Changed on its way: unbound says SERVFAIL, and the host is left
