@@ -9034,7 +9034,7 @@ class AuthFaults(Dialogues):
 
     def test_challenges(self):
         """What is no base64, and what is too long."""
-        for_long = 's: 334 \nfill: QUFB x350000\nS: '
+        for_long = 's: 334 \nfill: QUFB x250000\nS: '
         self.play(row('challenge: ' + title, self.START
                       + self.STEPS['CRAM-MD5'] + challenge + '\nC: *\nQ:',
                       Like('ZConnected to 127.0.0.1 but unable to '
