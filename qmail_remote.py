@@ -2783,10 +2783,9 @@ class Line:
                   session=None):
         """The handshake, within seconds.  name is what to ask for, and to
         check if the context says so (bytes, or None); judge(TlsLayer) has
-        the last word on the handshake; session is one of this context's to
-        resume, or None.  Raises TlsFailed;
-        Lost if the peer sent something in the clear before, which would
-        pass for encrypted words later (RFC 3207, CVE-2011-0411)."""
+        the last word; session is one of this context's to resume, or None.
+        Raises TlsFailed; Lost if the peer spoke in the clear before, which
+        would pass for encrypted words (RFC 3207, CVE-2011-0411)."""
         try:
             closed = self.heard()
         except Lost as lost:
@@ -2795,12 +2794,11 @@ class Line:
             raise Lost(b'spoke in the clear before the TLS handshake')
         if closed:
             raise TlsFailed(b'connection closed', silent=True)
+        deadline, done, answered = self.clock() + seconds, False, False
         try:
             tls = TlsLayer(context, name, session)
-            deadline = self.clock() + seconds
         except (OSError, ValueError) as error:
             raise TlsFailed(tls_reason(error))
-        done = answered = False
         try:
             while not done:
                 try:
