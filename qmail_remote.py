@@ -525,6 +525,7 @@ PROGRESS_AFTER, PROGRESS_EVERY = 1, 0.2     # when a message counts as long
 DNS_PORT = 53
 DNS_TIMEOUT, DNS_ATTEMPTS = 5, 2            # resolv.conf(5)
 DNS_TIMEOUT_MAX, DNS_ATTEMPTS_MAX = 30, 5   # resolv.conf(5)
+DNS_PATIENCE = 2                            # before the best alone will do
 DNS_SERVERS_MAX = 3                         # MAXNS, resolv.h
 DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'   # their AD is believed
 DNS_UDP_SIZE = 1232                         # EDNS0 without fragmentation
@@ -1405,9 +1406,8 @@ def read_value(names, rtype, start, end):
 
 def parse_answer(packet, ident, name, qtype):
     """The Answer to this very question, None for anything else that came
-    in.  A FORMERR or NOTIMP may be a header alone, known by its id: servers
-    that know no EDNS send it.  Raises Malformed if it answers, but not by the
-    rules."""
+    in; but a FORMERR or NOTIMP may be a header alone, as servers send it that
+    know no EDNS.  Raises Malformed if it answers, but not by the rules."""
     if len(packet) < 12:
         return None
     got, flags, questions, answers, authority, additional = \
@@ -1426,8 +1426,7 @@ def parse_answer(packet, ident, name, qtype):
         return None
     if asked != name or packet[at:at + 4] != struct.pack('>2H', qtype, 1):
         return None
-    at += 4
-    rcode, records, final, aliases = flags & 15, [], False, 0
+    at, rcode, records, final, aliases = at + 4, flags & 15, [], False, 0
     if flags & TC:
         return Answer(rcode, True, False, records, final, False)
     for index in range(answers + authority + additional):
@@ -1494,11 +1493,16 @@ class DnsConfig(Value):
 
 class Lookup(Value):
     """What became of a question.  status: OK (values may be empty: the name
-    has none), NONE (there is no such name) or SOFT (unknown for now);
-    authentic: validated by a server that we may believe; name: where the
-    CNAMEs from the name led."""
+    has none), NONE (there is no such name), SOFT (unknown for now) or LATE
+    (the same, but it was not waited for as long as one may); authentic:
+    validated by a server that we may believe; name: where the CNAMEs from
+    the name led."""
     __slots__ = ('status', 'values', 'authentic', 'name')
-    OK, NONE, SOFT = 'ok', 'none', 'soft'
+    OK, NONE, SOFT, LATE = 'ok', 'none', 'soft', 'late'
+
+    def unknown(self):
+        """Whether nothing is known for now."""
+        return self.status in (Lookup.SOFT, Lookup.LATE)
 
 
 def name_server(text, port=DNS_PORT):
@@ -1566,7 +1570,8 @@ def lookup_words(name, qtype, lookup):
     kind = {A: b'A', AAAA: b'AAAA', MX: b'MX', TLSA: b'TLSA',
             CNAME: b'CNAME'}[qtype]
     words = {Lookup.NONE: b'no such name',
-             Lookup.SOFT: b'no answer for now'}.get(lookup.status)
+             Lookup.SOFT: b'no answer for now',
+             Lookup.LATE: b'no answer yet'}.get(lookup.status)
     if words is None:
         words = b', '.join(
             b'%d %s' % (value[0], dotted(value[1])) if qtype == MX else
@@ -1579,11 +1584,14 @@ def lookup_words(name, qtype, lookup):
                                   b' (AD)' if lookup.authentic else b'')
 
 
-def side_by_side(jobs, wait, clock):
+def side_by_side(jobs, wait, clock, enough=None):
     """Runs generators together; their results in order.  Each yields
     (socket or None, for writing, deadline) and is resumed when the socket
-    is ready, or with TimedOut."""
-    results, waiting, todo = {}, {}, list(range(len(jobs)))[::-1]
+    is ready, or with TimedOut.  After DNS_PATIENCE it stops as soon as
+    enough(results) says so, where None stands for those still out."""
+    results, waiting = [None] * len(jobs), {}
+    todo = list(range(len(jobs)))[::-1]
+    early = clock() + DNS_PATIENCE if enough else 0
 
     def resume(index, error=None):
         try:
@@ -1596,13 +1604,14 @@ def side_by_side(jobs, wait, clock):
     while todo or waiting:
         while todo and len(waiting) < DNS_TOGETHER:
             resume(todo.pop())
-        if not waiting:
+        if not waiting or (early and clock() >= early and enough(results)):
             break
         places = [place for place in waiting.values() if place[0]]
         try:
             ready = wait([sock for sock, writing, _ in places if not writing],
                          [sock for sock, writing, _ in places if writing],
-                         min(place[2] for place in waiting.values()))
+                         min([place[2] for place in waiting.values()] +
+                             [early] * (clock() < early)))
         except TimedOut:
             ready = [], []
         ready, now = set(ready[0] + ready[1]), clock()
@@ -1611,7 +1620,9 @@ def side_by_side(jobs, wait, clock):
                 resume(index, TimedOut())
             elif sock in ready:
                 resume(index)
-    return [results[index] for index in range(len(jobs))]
+    for index in waiting:
+        jobs[index].close()
+    return results
 
 
 class Resolver:
@@ -1635,19 +1646,28 @@ class Resolver:
         """Whether an AD in the answers counts."""
         return all(server.trusted for server in self.config.servers)
 
-    def ask(self, questions):
+    def ask(self, questions, enough=None):
         """Asks all questions, pairs of a wire name and a type, side by
         side; a list of Lookups.  Takes at most the time that one question
-        may take (rounds * servers * timeout), for up to DNS_TOGETHER."""
-        return side_by_side([self._told(name, qtype)
-                             for name, qtype in questions],
-                            self.wait, self.clock)
+        may take (rounds * servers * timeout), for up to DNS_TOGETHER.  enough
+        as in side_by_side(); what is out then is LATE."""
+        lookups = side_by_side([self._told(name, qtype)
+                                for name, qtype in questions],
+                               self.wait, self.clock, enough)
+        for index, (name, qtype) in enumerate(questions):
+            if lookups[index] is None:
+                lookups[index] = Lookup(Lookup.LATE, [], False, name)
+                self._tell(name, qtype, lookups[index])
+        return lookups
 
     def _told(self, name, qtype):
         lookup = yield from self._resolve(name, qtype)
+        self._tell(name, qtype, lookup)
+        return lookup
+
+    def _tell(self, name, qtype, lookup):
         if self.screen.fd is not None:
             self.screen.say(Screen.REMARK, lookup_words(name, qtype, lookup))
-        return lookup
 
     def _resolve(self, name, qtype):
         config, links, authentic = self.config, 0, True
@@ -1905,15 +1925,18 @@ def lookup_suffix(key, marks, table):
     return table.get(b'')
 
 
-def find_servers(host, route, resolver, own):
-    """The Servers in the order to try them; own tells whether an address is
-    this host's.  Raises Report if there is none (RFC 5321 5.1)."""
+def find_servers(host, route, resolver, own, hurry=False):
+    """(the Servers in the order to try them, whether there may be others
+    that are only late); own tells whether an address is this host's.  With
+    hurry not all are waited for, see find_addresses().  Raises Report if
+    there is none (RFC 5321 5.1)."""
     port = route.port or PORT_SMTP
     target, relay = route.relay or host, route.relay is not None
     missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
     address, next_hop = literal(target), []
     if address is not None:
         found, soft = [Exchanger(0, None, [address], [], None)], []
+        late = []
     else:
         name = wire_name(target)
         if name is None:
@@ -1922,8 +1945,8 @@ def find_servers(host, route, resolver, own):
             ([(0, name)], resolver.trusted(), [], name) if relay else \
             find_exchangers(name, resolver, missing, host)
         next_hop = [host_name(name), host_name(end)]
-        found, soft, exists = find_addresses(exchangers, resolver,
-                                             port if signed else None)
+        found, soft, late, exists = find_addresses(
+            exchangers, resolver, port if signed else None, hurry)
         soft += rest
         if not found:
             exists = exists or exchangers != [(0, name)]    # MX says so
@@ -1931,7 +1954,20 @@ def find_servers(host, route, resolver, own):
                          if relay or not exists else NO_ADDRESS)
     if not relay:
         found = better_than_own(found, soft, own)
-    return servers_of(in_order(found), port, next_hop)
+    return servers_of(in_order(found), port, next_hop), bool(late)
+
+
+def late_ones(servers, find):
+    """Yields the Servers, and, when all of them have been tried in vain,
+    those that find() knows besides; it raises Report if it knows none."""
+    yield from servers
+    try:
+        more, _ = find()
+    except Report:
+        return
+    known = [server.address for server in servers]
+    yield from [server for server in more if server.address not in
+                known][:SERVERS_MAX - len(servers)]
 
 
 def servers_of(exchangers, port, next_hop):
@@ -1956,7 +1992,7 @@ def find_exchangers(name, resolver, missing, host):
     many; where the CNAMEs from name led).  Raises Report; a lookup that fails
     for now never falls back to A."""
     lookup, = resolver.ask([(name, MX)])
-    if lookup.status == Lookup.SOFT:
+    if lookup.unknown():
         raise Report(DNS_SOFT)
     if lookup.status == Lookup.NONE:
         raise Report(missing)
@@ -1972,23 +2008,22 @@ def find_exchangers(name, resolver, missing, host):
         lookup.name
 
 
-def find_addresses(exchangers, resolver, tlsa_port):
-    """(found, soft, exists): found is a list of Exchangers, IPv4 addresses
-    first; soft the preferences of those that may have more, later; exists
-    tells whether any of the names exists.  With a tlsa_port the TLSA
-    records are asked for, too."""
+def find_addresses(exchangers, resolver, tlsa_port, hurry):
+    """(found, soft, late, exists): found is a list of Exchangers, IPv4
+    addresses first; soft the preferences of those that may have more, later;
+    exists tells whether any of the names exists.  With a tlsa_port the TLSA
+    records are asked for, too.
+
+    With hurry the best are enough after DNS_PATIENCE.  late are then the
+    preferences of those whose answers are still out, and found ends before
+    them: one of them may be this host, and nothing that is not better than
+    this host may be tried."""
     asked = [(preference, name) for preference, name in exchangers
              if literal_target(name) is None]
     found = [Exchanger(preference, None, [literal_target(name)], [], None)
              for preference, name in exchangers
              if literal_target(name) is not None]
-    questions = [(name, qtype) for _, name in asked for qtype in (A, AAAA)]
-    if tlsa_port:
-        questions += tlsa_questions(tlsa_port, [name for _, name in asked])
-    lookups = dict(zip(questions, resolver.ask(questions)))
-    if tlsa_port:               # a second stage, if there are aliases
-        questions = alias_questions(tlsa_port, lookups)
-        lookups.update(zip(questions, resolver.ask(questions)))
+    lookups = ask_addresses(asked, found, resolver, tlsa_port, hurry)
     soft, exists = [], False
     for preference, name in asked:
         pair = [lookups[name, A], lookups[name, AAAA]]
@@ -1998,10 +2033,75 @@ def find_addresses(exchangers, resolver, tlsa_port):
             found.append(Exchanger(preference, name, addresses,
                                    *find_tlsa(name, pair, tlsa_port,
                                               lookups)))
-        if any(lookup.status == Lookup.SOFT for lookup in pair):
+        if any(lookup.unknown() for lookup in pair):
             soft.append(preference)
         exists = exists or any(lookup.status == Lookup.OK for lookup in pair)
-    return found, soft, exists
+    late = late_preferences(asked, lookups, tlsa_port)
+    best = min((exchanger.preference for exchanger in found), default=0)
+    limit = min([each for each in late if each > best], default=None)
+    if limit is not None:
+        found = [each for each in found if each.preference < limit]
+    return found, soft, late, exists
+
+
+def ask_addresses(asked, literals, resolver, port, hurry):
+    """The Lookups, by question, of all that has to be known of exchangers:
+    asked are pairs of preference and name; literals as in best_known()."""
+    questions = [question for _, name in asked
+                 for question in questions_about(name, port)]
+
+    def enough(answers):
+        return best_known(asked, literals, dict(zip(questions, answers)),
+                          port)
+    lookups = dict(zip(questions, resolver.ask(
+        questions, enough if hurry else None)))
+    if port:                    # a second stage, if there are aliases
+        questions = alias_questions(port, lookups)
+        lookups.update(zip(questions, resolver.ask(questions)))
+    return lookups
+
+
+def questions_about(name, port):
+    """All that is asked about an exchanger, but for aliases."""
+    return [(name, A), (name, AAAA)] + (
+        tlsa_questions(port, [name]) if port else [])
+
+
+def late_preferences(asked, lookups, port):
+    """The preferences of exchangers whose answers are not all in."""
+    return [preference for preference, name in asked
+            if any(lookups[question].status == Lookup.LATE
+                   for question in questions_about(name, port))]
+
+
+def best_known(asked, literals, lookups, port):
+    """Whether there are exchangers with an address, all as good as those
+    are settled, and all better ones, too.  asked: pairs of preference and
+    name; literals: Exchangers that need no answer; lookups: by question, None
+    for those still out."""
+    known = {name: [lookup for lookup in (lookups[name, A],
+                                          lookups[name, AAAA])
+                    if lookup is not None and lookup.values]
+             for _, name in asked}
+    usable = [exchanger.preference for exchanger in literals] + \
+        [preference for preference, name in asked if known[name]]
+    best = min(usable, default=None)
+    return best is not None and all(
+        is_settled(name, known[name], lookups, port)
+        for preference, name in asked if preference <= best)
+
+
+def is_settled(name, known, lookups, port):
+    """Whether an exchanger has an address, or will have none.  known: the
+    Lookups of its addresses that found some.  TLSA records that may count
+    have to be in as well: unknown is not none."""
+    if not known:
+        return lookups[name, A] is not None and \
+            lookups[name, AAAA] is not None
+    if all(not lookup.authentic and lookup.name == name for lookup in known):
+        return True
+    return all(lookups[question] is not None
+               for question in questions_about(name, port)[2:])
 
 
 def tlsa_questions(port, names):
@@ -2045,12 +2145,12 @@ def dane_records(addresses, tlsa, alias=None):
     looked at: unsigned zones sit on servers that choke on it (RFC 7672
     2.2.2)."""
     signed = all(lookup.authentic for lookup in addresses if lookup.values)
-    doubt = not signed and alias is not None and alias.status == Lookup.SOFT
+    doubt = not signed and alias is not None and alias.unknown()
     if not signed and alias is not None:
         signed = alias.authentic and bool(alias.values)
     if tlsa is None or not (signed or doubt):
         return []
-    if tlsa.status == Lookup.SOFT:
+    if tlsa.unknown():
         return None
     if not tlsa.authentic or not tlsa.values:
         return []
@@ -3964,7 +4064,12 @@ def deliver(host, sender, recipients, control, world):
         raise Report(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
     route = choose_route(host, sender, control)
     world.screen.say(Screen.REMARK, route_words(host, sender, route, control))
-    servers = find_servers(host, route, world.resolver, world.own)
+
+    def find(hurry=False):
+        return find_servers(host, route, world.resolver, world.own, hurry)
+    servers, late = find(hurry=True)
+    if late:
+        servers = late_ones(servers, find)
     world.message.check()
     report = try_servers(servers, lambda server: try_server(
         server, route, envelope, control, world), world.screen)

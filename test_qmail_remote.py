@@ -2617,6 +2617,36 @@ class SideBySide(Tables):
         self.assertLessEqual(self.most, qr.DNS_TOGETHER)
         self.assertEqual(1699, self.clock.now)
 
+    def test_enough(self):
+        """Not before two seconds, and then as soon as it is; who is left is
+        closed."""
+        def job(place, closed):
+            try:
+                yield place, False, 99
+                return place
+            finally:
+                closed.append(place)
+        asked = []
+
+        def first_two(results):
+            asked.append(self.clock.now)
+            return None not in results[:2]
+        for places, want, end in (
+                ((.1, .5, 50), [.1, .5, None], 2),
+                ((1, 2, 50), [1, 2, None], 2),
+                ((1, 5, 50), [1, 5, None], 5),
+                ((1, 5, 3), [1, 5, 3], 5),
+                ((.1, .5, 1), [.1, .5, 1], 1),
+                ((50, 1, 1), [50, 1, 1], 50)):
+            with self.subTest(places):
+                self.clock.now, closed, asked[:] = 0, [], []
+                self.check(want, qr.side_by_side, [
+                    job(place, closed) for place in places], self.wait,
+                    self.clock, first_two)
+                self.assertEqual((end, sorted(places)),
+                                 (self.clock.now, sorted(closed)))
+                self.assertGreaterEqual(min(asked, default=2), 2)
+
     def test_errors_pass(self):
         def broken():
             yield 1, False, 9
@@ -2737,6 +2767,21 @@ class Resolving(Tables):
             for _ in range(3):
                 self.check(('ok', [b'192.0.2.1']), self.ask, resolver)
             self.assertEqual((1, 3), (len(bad.queries), len(good.queries)))
+
+    def test_late(self):
+        """What is still out when there is enough, and nothing stays open."""
+        with FakeDNS(self.GOOD, {('x.test', '*'): {'silent': True}}
+                     ) as server:
+            resolver, start = self.resolver(server), time.monotonic()
+            lookups = resolver.ask(
+                [(self.NAME, 1), (dns_name('x.test'), 1)],
+                lambda answers: answers[0] is not None)
+            self.assertEqual(
+                [('ok', False), ('late', True)],
+                [(lookup.status, lookup.unknown()) for lookup in lookups])
+            self.assertEqual(0, resolver.open)
+            self.assertLess(1.9, time.monotonic() - start)
+            self.assertLess(time.monotonic() - start, 8)
 
     def test_where_to_begin(self):
         """With the server that another Resolver has found, if it still is
@@ -3126,34 +3171,52 @@ SOFT = 'soft'
 
 class Zone:
     """A resolver that answers from {'name TYPE': values}; a value of SOFT
-    fails for now.  A name without an entry does not exist."""
+    fails for now.  A name without an entry does not exist.  late: the keys of
+    what is answered only to those who do not hurry; ad: whether all answers
+    but those to the keys in unsigned are authentic."""
 
-    def __init__(self, records):
-        self.records, self.asked = {}, []
+    def __init__(self, records, late=(), ad=False, unsigned=()):
+        self.records, self.asked, self.ad = {}, [], ad
+        self.late, self.unsigned = ({
+            (dns_name(key.split(' ')[0]), DNS_TYPES[key.split(' ')[1]])
+            for key in keys} for keys in (late, unsigned))
         for key, values in records.items():
             name, kind = key.split(' ')
             if kind == 'MX' and values != SOFT:
                 values = [(preference, dns_name(target))
                           for preference, target in values]
-            elif values != SOFT:
+            elif values != SOFT and kind != 'TLSA':
                 values = [value.encode() for value in values]
             self.records[dns_name(name), DNS_TYPES[kind]] = values
 
-    @staticmethod
-    def trusted():
-        return False
+    def trusted(self):
+        return self.ad
 
-    def ask(self, questions):
+    def ask(self, questions, enough=None):
         self.asked.append(list(questions))
-        return [self.one(*question) for question in questions]
+        lookups = [self.one(*question) for question in questions]
+        if enough and self.late and enough([
+                None if question in self.late else lookup
+                for question, lookup in zip(questions, lookups)]):
+            lookups = [
+                qr.Lookup(qr.Lookup.LATE, [], False, question[0])
+                if question in self.late else lookup
+                for question, lookup in zip(questions, lookups)]
+        return lookups
 
     def one(self, name, kind):
-        values = self.records.get((name, kind))
+        values, end, ad = self.records.get((name, kind)), name, self.ad
+        if (name, qr.CNAME) in self.records and kind != qr.CNAME:
+            end = dns_name(self.records[name, qr.CNAME][0].decode())
+            values = self.records.get((end, kind))
+        ad = ad and (name, kind) not in self.unsigned
+        if kind == qr.CNAME and values:
+            values = [dns_name(value.decode()) for value in values]
         if values == SOFT:
-            return value_of(qr.Lookup, status=qr.Lookup.SOFT, values=[])
-        if values is None and name not in {n for n, _ in self.records}:
-            return value_of(qr.Lookup, status=qr.Lookup.NONE, values=[])
-        return value_of(qr.Lookup, status=qr.Lookup.OK, values=values or [])
+            return qr.Lookup(qr.Lookup.SOFT, [], False, name)
+        if values is None and end not in {n for n, _ in self.records}:
+            return qr.Lookup(qr.Lookup.NONE, [], ad, end)
+        return qr.Lookup(qr.Lookup.OK, values or [], ad, end)
 
 
 class WhereTo(Tables):
@@ -3166,8 +3229,9 @@ class WhereTo(Tables):
     def find(self, host, records, route=None, own=None):
         """The addresses in order, as words."""
         zone = records if isinstance(records, Zone) else Zone(records)
-        servers = qr.find_servers(
+        servers, late = qr.find_servers(
             host, route or qr.Route(None, None, None), zone, own or self.own)
+        self.assertFalse(late)
         return ' '.join(server.address.decode() for server in servers)
 
     def test_exchangers(self):
@@ -3336,7 +3400,7 @@ class WhereTo(Tables):
 
     def test_ports(self):
         def port(route):
-            servers = qr.find_servers(
+            servers, _ = qr.find_servers(
                 b'h', route, Zone({'h A': ['192.0.2.1']}), self.own)
             return servers[0].port
         self.check(25, port, qr.Route(None, None, None))
@@ -3347,12 +3411,140 @@ class WhereTo(Tables):
         """Each Server knows whose address it is."""
         zone = Zone({'h MX': [(10, 'a.example')],
                      'a.example A': ['192.0.2.1']})
-        servers = qr.find_servers(b'h', qr.Route(None, None, None), zone,
-                                  self.own)
+        servers, _ = qr.find_servers(b'h', qr.Route(None, None, None), zone,
+                                     self.own)
         self.assertEqual(b'a.example', servers[0].name)
-        servers = qr.find_servers(b'[::1]', qr.Route(None, None, None),
-                                  zone, lambda address: False)
+        servers, _ = qr.find_servers(b'[::1]', qr.Route(None, None, None),
+                                     zone, lambda address: False)
         self.assertEqual(b'::1', servers[0].name)
+
+    def hurry(self, records, late, own=None, relay=None, **options):
+        """The addresses that are tried at once, and after a | those that
+        are tried when these have failed."""
+        zone = Zone(records, late, **options)
+
+        def find(hurry=False):
+            return qr.find_servers(
+                b'h', qr.Route(relay, None, None), zone, own or self.own,
+                hurry)
+        servers, late = find(True)
+        self.assertTrue(all(server.tlsa is not None for server in servers))
+        every = [server.address.decode() for server in qr.late_ones(
+            servers, find)]
+        self.assertEqual(len(every), len(set(every)))
+        at_once = [server.address.decode() for server in servers]
+        self.assertEqual(at_once, every[:len(at_once)])
+        return ' '.join(at_once + ['|'] * late + every[len(at_once):]
+                        if late else at_once)
+
+    HOSTS = {'a A': ['192.0.2.1'], 'a AAAA': ['2001:db8::1'],
+             'b A': ['192.0.2.2'], 'c A': ['192.0.2.3'], 'gone TXT': [],
+             'me A': [OWN], 'later A': SOFT, 'later AAAA': SOFT,
+             'six AAAA': ['2001:db8::6']}
+
+    def test_hurry(self):
+        """After two seconds the best will do, if all of them are known."""
+        abc = [(10, 'a'), (20, 'b'), (30, 'c')]
+        for title, exchangers, late, want in (
+                ('nothing is late', abc, (),
+                 '192.0.2.1 2001:db8::1 192.0.2.2 192.0.2.3'),
+                ('the second', abc, ('b A',),
+                 '192.0.2.1 2001:db8::1 | 192.0.2.2 192.0.2.3'),
+                ('its IPv6 address', abc, ('b AAAA',),
+                 '192.0.2.1 2001:db8::1 | 192.0.2.2 192.0.2.3'),
+                ('the last', abc, ('c A', 'c AAAA'),
+                 '192.0.2.1 2001:db8::1 192.0.2.2 | 192.0.2.3'),
+                ('half of the best', abc, ('a AAAA',),
+                 '192.0.2.1 192.0.2.2 192.0.2.3 | 2001:db8::1'),
+                ('the other half', abc, ('a A',),
+                 '2001:db8::1 192.0.2.2 192.0.2.3 | 192.0.2.1'),
+                ('the best', abc, ('a A', 'a AAAA'),
+                 '192.0.2.1 2001:db8::1 192.0.2.2 192.0.2.3'),
+                ('one of the best', [(10, 'a'), (10, 'b')],
+                 ('b A', 'b AAAA'), None),
+                ('one that has only one kind', [(10, 'six'), (20, 'b')],
+                 ('six A', 'b A'), '2001:db8::6 | 192.0.2.2'),
+                ('IPv6 of one that may have only that',
+                 [(10, 'b'), (20, 'c')], ('b A', 'c A'),
+                 '192.0.2.2 192.0.2.3'),
+                ('the second, when the first is no more',
+                 [(5, 'gone')] + abc, ('c A',),
+                 '192.0.2.1 2001:db8::1 192.0.2.2 | 192.0.2.3'),
+                ('the second, when the first has failed',
+                 [(5, 'later')] + abc, ('c A',),
+                 '192.0.2.1 2001:db8::1 192.0.2.2 | 192.0.2.3'),
+                ('the second, when the first may have an address',
+                 [(5, 'gone')] + abc, ('c A', 'gone A'),
+                 '192.0.2.1 2001:db8::1 192.0.2.2 192.0.2.3'),
+                ('beside a literal', [(10, '192.0.2.9'), (20, 'b')],
+                 ('b A', 'b AAAA'), '192.0.2.9 | 192.0.2.2'),
+                ('one that fails in the end', [(10, 'b'), (20, 'later')],
+                 ('later A', 'later AAAA'), '192.0.2.2 |')):
+            with self.subTest(title):
+                records = dict(self.HOSTS, **{'h MX': exchangers})
+                if want is None:
+                    self.assertNotIn('|', self.hurry(records, late))
+                else:
+                    self.check(want, self.hurry, records, late)
+        self.check('192.0.2.1 | 2001:db8::1', lambda: self.hurry(
+            self.HOSTS, ('a AAAA',), relay=b'a'))
+        self.check('192.0.2.1 2001:db8::1', lambda: self.hurry(
+            self.HOSTS, ('a A', 'a AAAA'), relay=b'a'))
+
+    def test_hurry_and_own_addresses(self):
+        """What is late may be this host, and nothing that is not better is
+        tried before that is known."""
+        for title, exchangers, late, want in (
+                ('late and ours', [(10, 'a'), (20, 'me'), (30, 'c')],
+                 ('me A',), '192.0.2.1 2001:db8::1 |'),
+                ('as good as one of ours',
+                 [(10, 'a'), (20, 'me'), (20, 'b'), (30, 'c')], ('me A',),
+                 '192.0.2.1 2001:db8::1 |'),
+                ('late and not ours', [(10, 'a'), (20, 'b'), (30, 'c')],
+                 ('b A',), '192.0.2.1 2001:db8::1 | 192.0.2.2 192.0.2.3'),
+                ('ours is known', [(10, 'a'), (20, 'me'), (30, 'c')],
+                 ('c A', 'c AAAA'), '192.0.2.1 2001:db8::1 |'),
+                ('ours is the best', [(10, 'me'), (20, 'b')], ('b A',),
+                 qr.OWN_ADDRESS),
+                ('ours among the best', [(10, 'a'), (10, 'me'), (20, 'b')],
+                 ('b A',), qr.OWN_ADDRESS),
+                ('a better one has failed', [(5, 'later'), (10, 'me'),
+                                             (20, 'b')], ('b A',),
+                 qr.DNS_SOFT),
+                ('a better one is late', [(5, 'b'), (10, 'me'), (20, 'c')],
+                 ('b A',), '192.0.2.2')):
+            with self.subTest(title):
+                self.check(want, self.hurry, dict(
+                    self.HOSTS, **{'h MX': exchangers}), late)
+
+    def test_hurry_and_dane(self):
+        """TLSA records that are late may be there: nobody is tried as if
+        there were none."""
+        tlsa_a, tlsa_b = '_25._tcp.a TLSA', '_25._tcp.b TLSA'
+        records = dict(self.HOSTS, **{'h MX': [(10, 'a'), (20, 'b')]})
+        every = '192.0.2.1 2001:db8::1 192.0.2.2'
+        parts = '192.0.2.1 2001:db8::1 | 192.0.2.2'
+        unsigned = 'a A', 'a AAAA'
+        for title, late, want, options in (
+                ('of the best', (tlsa_a, 'b A'), every, {}),
+                ('of the second', (tlsa_b,), parts, {}),
+                ('of the best, not signed', (tlsa_a, 'b A'), parts,
+                 {'unsigned': unsigned}),
+                ('of the best, not signed itself', (tlsa_a, 'b A'), every,
+                 {'unsigned': (tlsa_a,)}),
+                ('of the best, one address not signed', (tlsa_a, 'b A'),
+                 every, {'unsigned': ('a AAAA',)})):
+            with self.subTest(title):
+                self.check(want, lambda: self.hurry(
+                    records, late, ad=True, **options))
+        alias = dict(records, **{'x A': ['192.0.2.1'], 'a CNAME': ['x']})
+        del alias['a A'], alias['a AAAA']
+        self.check('192.0.2.1 192.0.2.2', lambda: self.hurry(
+            alias, (tlsa_a, 'b A'), ad=True, unsigned=unsigned))
+        self.check('192.0.2.1 | 192.0.2.2', lambda: self.hurry(
+            alias, ('b A',), ad=True, unsigned=unsigned))
+        self.check(None, qr.dane_records, [], qr.Lookup(
+            qr.Lookup.LATE, [], False, b''))
 
     def test_ties(self):
         """Equal preferences in random order, others never."""
@@ -5649,7 +5841,7 @@ class FuzzCase(FuzzClock):
     def trusted():
         return False
 
-    def ask(self, questions):
+    def ask(self, questions, enough=None):
         """In place of a Resolver's."""
         return [self.lookup(name, qtype) for name, qtype in questions]
 
@@ -9338,6 +9530,15 @@ class DnsFaults(Dialogues):
             self.A: [address]}, control={'notipme': None}, local=True,
             within=bound(dns=20)) for address in ('0.0.0.0', '127.0.0.2'))
 
+    def test_one_broken_exchanger(self):
+        """A name server that says nothing about one of them holds up only
+        what needs that one."""
+        records = {self.MX: [(10, 'good.example'), (20, 'bad.example')],
+                   ('good.example', 'A'): ['127.0.0.2']}
+        silent = {('bad.example', '*'): {'silent': True}}
+        good = self.good('the good one takes it', silent, records)
+        self.play([good._replace(options=dict(good.options, within=6))])
+
     def test_name_servers(self):
         """The first refuses, or has nothing but nonsense."""
         with FakeDNS({self.A: ['127.0.0.2']}) as good, \
@@ -12079,7 +12280,7 @@ class AfterTheVerdict(Tables):
         def trusted(self):
             return False
 
-        def ask(self, questions):
+        def ask(self, questions, enough=None):
             return [qr.Lookup(qr.Lookup.OK, {
                 qr.MX: [(1, b'\1a\0'), (2, b'\1b\0'), (3, b'\1c\0')],
                 qr.A: [b'192.0.2.%d' % name[1]], qr.AAAA: []}[qtype], False,
