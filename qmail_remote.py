@@ -489,7 +489,7 @@ class Value:
         return '%s%r' % (type(self).__name__, self._fields())
 
 
-# --------------------------------------------------------------- 2. Limits
+# ------------------------------------------------------------------- 3. Limits
 # Every number, and where it comes from.  Times are in seconds.
 
 PORT_SMTP = 25                  # RFC 5321 4.5.4.2
@@ -559,7 +559,7 @@ WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
 LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-# ------------------------------------------------------------- 3. Outcomes
+# ------------------------------------------------------------------ 4. Results
 # What a run can end with, and the only code that writes to fd 1, and to fd 2
 # if that is a terminal.
 
@@ -813,7 +813,149 @@ def visible(text):
                     for c in text)
 
 
-# -------------------------------------------------------- 4. Control files
+# ---------------------------------------------------------------- 5. Addresses
+# Envelope addresses and host names, as the wire wants them.  Pure.
+
+SPECIALS = b'"(),:;<>@[\\]'     # RFC 5321 4.1.2: not in a Dot-string
+
+
+def unsafe(text):
+    """Whether bytes that end a command or an argument are in it."""
+    return any(c <= 32 or c == 127 or c in b'<>' for c in text)
+
+
+def quote(box):
+    """A local part as Dot-string or Quoted-string (RFC 5321 4.1.2)."""
+    if box and not box.startswith(b'.') and not box.endswith(b'.') \
+            and b'..' not in box \
+            and not any(c <= 32 or c == 127 or c in SPECIALS for c in box):
+        return box
+    return b'"' + box.replace(b'\\', b'\\\\').replace(b'"', b'\\"') + b'"'
+
+
+def envelope_address(address):
+    """The address as it goes between < and >; None if it must never go out.
+    The domain stays as it is (qmail-remote.c, addrmangle())."""
+    if b'\r' in address or b'\n' in address or b'\0' in address:
+        return None
+    box, at, domain = address.rpartition(b'@')
+    if unsafe(domain):
+        return None
+    return quote(box) + at + domain if at else domain
+
+
+def non_ascii(text):
+    """Whether a byte over 127 is in it, which takes SMTPUTF8 (RFC 6531)."""
+    return any(c > 127 for c in text)
+
+
+def a_labels(host):
+    """A host name in ASCII: UTF-8 labels normalised (NFC), in lower case
+    and in Punycode (RFC 5891); None if it is no UTF-8.  No IDNA 2003
+    mapping: that would send mail for one domain to another."""
+    if not non_ascii(host):
+        return host
+    import unicodedata
+    try:
+        text = unicodedata.normalize('NFC', host.decode('utf-8'))
+        text = unicodedata.normalize('NFC', text.lower())
+        return b'.'.join(
+            label.encode('ascii') if max(label, default='') < '\x80'
+            else b'xn--' + label.encode('punycode')
+            for label in text.split('.'))
+    except UnicodeError:
+        return None
+
+
+def domain_key(domain):
+    """A host, or the end of one from a dot on, as DNS compares them: in
+    A-labels and lower case, without the final dot."""
+    labels = a_labels(domain) if len(domain) <= 4 * DNS_NAME_MAX else None
+    key = (domain if labels is None else labels).lower()
+    return key[:-1] if key.endswith(b'.') and key != b'.' else key
+
+
+def wire_name(host):
+    """A host name as DNS wants it, in lower case (RFC 1035 3.1); None if it
+    cannot be one."""
+    if len(host) > 4 * DNS_NAME_MAX:    # whatever Punycode makes of it
+        return None
+    host = a_labels(host)
+    if host is None:
+        return None
+    labels = (host[:-1] if host.endswith(b'.') else host).split(b'.')
+    if not all(0 < len(label) < 64 and not unsafe(label) and
+               b'[' not in label for label in labels):
+        return None
+    name = b''.join(bytes((len(label),)) + label for label in labels) + b'\0'
+    return name.lower() if len(name) <= DNS_NAME_MAX else None
+
+
+def host_name(name):
+    """A wire name as text; None unless it is made of letters, digits, - and
+    _, so that it can be part of a path and of a certificate's name."""
+    labels, at = [], 0
+    while name and name[at]:
+        labels.append(name[at + 1:at + 1 + name[at]])
+        at += 1 + name[at]
+    text = b'.'.join(labels)
+    if not text or not all(labels) or not all(
+            c in b'abcdefghijklmnopqrstuvwxyz0123456789-_.' for c in text):
+        return None
+    return text if not any(b'.' in label for label in labels) else None
+
+
+def dotted(name):
+    """A wire name for human eyes, whatever is in it."""
+    text, at = b'', 0
+    while name[at:at + 1] > b'\0':
+        text += name[at + 1:at + 1 + name[at]] + b'.'
+        at += 1 + name[at]
+    return text[:-1] or b'.'
+
+
+def canonical(text):
+    """An IP address in its canonical short form, IPv4 in IPv6 as IPv4; None
+    if it is no address.  Strict: four decimal numbers, no zone."""
+    try:
+        return address_text(packed(text))
+    except (OSError, ValueError):
+        return None
+
+
+def address_text(data):
+    """4 or 16 bytes as an address (bytes).  ::ffff:1.2.3.4 is 1.2.3.4."""
+    if len(data) == 16 and data.startswith(bytes(10) + b'\xff\xff'):
+        data = data[12:]
+    family = socket.AF_INET if len(data) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, data).encode('ascii')
+
+
+def family_of(address):
+    """AF_INET or AF_INET6, for an address as canonical() gives it."""
+    return socket.AF_INET6 if b':' in address else socket.AF_INET
+
+
+def packed(address):
+    """The 4 or 16 bytes of such an address."""
+    return socket.inet_pton(family_of(address), address.decode('ascii'))
+
+
+def literal(host):
+    """The address in 1.2.3.4, [1.2.3.4], [2001:db8::1] or
+    [IPv6:2001:db8::1] (RFC 5321 4.1.3); None if host is none of these."""
+    if not host.startswith(b'['):
+        return canonical(host) if b':' not in host else None
+    if not host.endswith(b']'):
+        return None
+    inner = host[1:-1]
+    if inner[:5].lower() == b'ipv6:':
+        inner = inner[5:]
+        return canonical(inner) if b':' in inner else None
+    return canonical(inner)
+
+
+# ------------------------------------------------------------ 6. Control files
 # The only code that opens them; parsers for what they hold.
 
 class Control(Value):
@@ -1134,149 +1276,7 @@ def parse_route(value):
                  bar and (b'user' if password else b'password'))
 
 
-# ------------------------------------------------------------ 5. Addresses
-# Envelope addresses and host names, as the wire wants them.  Pure.
-
-SPECIALS = b'"(),:;<>@[\\]'     # RFC 5321 4.1.2: not in a Dot-string
-
-
-def unsafe(text):
-    """Whether bytes that end a command or an argument are in it."""
-    return any(c <= 32 or c == 127 or c in b'<>' for c in text)
-
-
-def quote(box):
-    """A local part as Dot-string or Quoted-string (RFC 5321 4.1.2)."""
-    if box and not box.startswith(b'.') and not box.endswith(b'.') \
-            and b'..' not in box \
-            and not any(c <= 32 or c == 127 or c in SPECIALS for c in box):
-        return box
-    return b'"' + box.replace(b'\\', b'\\\\').replace(b'"', b'\\"') + b'"'
-
-
-def envelope_address(address):
-    """The address as it goes between < and >; None if it must never go out.
-    The domain stays as it is (qmail-remote.c, addrmangle())."""
-    if b'\r' in address or b'\n' in address or b'\0' in address:
-        return None
-    box, at, domain = address.rpartition(b'@')
-    if unsafe(domain):
-        return None
-    return quote(box) + at + domain if at else domain
-
-
-def non_ascii(text):
-    """Whether a byte over 127 is in it, which takes SMTPUTF8 (RFC 6531)."""
-    return any(c > 127 for c in text)
-
-
-def a_labels(host):
-    """A host name in ASCII: UTF-8 labels normalised (NFC), in lower case
-    and in Punycode (RFC 5891); None if it is no UTF-8.  No IDNA 2003
-    mapping: that would send mail for one domain to another."""
-    if not non_ascii(host):
-        return host
-    import unicodedata
-    try:
-        text = unicodedata.normalize('NFC', host.decode('utf-8'))
-        text = unicodedata.normalize('NFC', text.lower())
-        return b'.'.join(
-            label.encode('ascii') if max(label, default='') < '\x80'
-            else b'xn--' + label.encode('punycode')
-            for label in text.split('.'))
-    except UnicodeError:
-        return None
-
-
-def domain_key(domain):
-    """A host, or the end of one from a dot on, as DNS compares them: in
-    A-labels and lower case, without the final dot."""
-    labels = a_labels(domain) if len(domain) <= 4 * DNS_NAME_MAX else None
-    key = (domain if labels is None else labels).lower()
-    return key[:-1] if key.endswith(b'.') and key != b'.' else key
-
-
-def wire_name(host):
-    """A host name as DNS wants it, in lower case (RFC 1035 3.1); None if it
-    cannot be one."""
-    if len(host) > 4 * DNS_NAME_MAX:    # whatever Punycode makes of it
-        return None
-    host = a_labels(host)
-    if host is None:
-        return None
-    labels = (host[:-1] if host.endswith(b'.') else host).split(b'.')
-    if not all(0 < len(label) < 64 and not unsafe(label) and
-               b'[' not in label for label in labels):
-        return None
-    name = b''.join(bytes((len(label),)) + label for label in labels) + b'\0'
-    return name.lower() if len(name) <= DNS_NAME_MAX else None
-
-
-def host_name(name):
-    """A wire name as text; None unless it is made of letters, digits, - and
-    _, so that it can be part of a path and of a certificate's name."""
-    labels, at = [], 0
-    while name and name[at]:
-        labels.append(name[at + 1:at + 1 + name[at]])
-        at += 1 + name[at]
-    text = b'.'.join(labels)
-    if not text or not all(labels) or not all(
-            c in b'abcdefghijklmnopqrstuvwxyz0123456789-_.' for c in text):
-        return None
-    return text if not any(b'.' in label for label in labels) else None
-
-
-def dotted(name):
-    """A wire name for human eyes, whatever is in it."""
-    text, at = b'', 0
-    while name[at:at + 1] > b'\0':
-        text += name[at + 1:at + 1 + name[at]] + b'.'
-        at += 1 + name[at]
-    return text[:-1] or b'.'
-
-
-def canonical(text):
-    """An IP address in its canonical short form, IPv4 in IPv6 as IPv4; None
-    if it is no address.  Strict: four decimal numbers, no zone."""
-    try:
-        return address_text(packed(text))
-    except (OSError, ValueError):
-        return None
-
-
-def address_text(data):
-    """4 or 16 bytes as an address (bytes).  ::ffff:1.2.3.4 is 1.2.3.4."""
-    if len(data) == 16 and data.startswith(bytes(10) + b'\xff\xff'):
-        data = data[12:]
-    family = socket.AF_INET if len(data) == 4 else socket.AF_INET6
-    return socket.inet_ntop(family, data).encode('ascii')
-
-
-def family_of(address):
-    """AF_INET or AF_INET6, for an address as canonical() gives it."""
-    return socket.AF_INET6 if b':' in address else socket.AF_INET
-
-
-def packed(address):
-    """The 4 or 16 bytes of such an address."""
-    return socket.inet_pton(family_of(address), address.decode('ascii'))
-
-
-def literal(host):
-    """The address in 1.2.3.4, [1.2.3.4], [2001:db8::1] or
-    [IPv6:2001:db8::1] (RFC 5321 4.1.3); None if host is none of these."""
-    if not host.startswith(b'['):
-        return canonical(host) if b':' not in host else None
-    if not host.endswith(b']'):
-        return None
-    inner = host[1:-1]
-    if inner[:5].lower() == b'ipv6:':
-        inner = inner[5:]
-        return canonical(inner) if b':' in inner else None
-    return canonical(inner)
-
-
-# ---------------------------------------------------------- 6. DNS wire
+# ----------------------------------------------------------------- 7. DNS wire
 # Questions built, answers parsed (RFC 1035).  Names are in wire form, in
 # lower case, so that they compare as bytes.  Pure.
 
@@ -1472,7 +1472,7 @@ def follow(records, name, qtype):
     return values, owners[-1], len(owners) - 1
 
 
-# -------------------------------------------------------- 6. DNS lookups
+# -------------------------------------------------------------- 8. DNS lookups
 # The only code that asks.  Each question is a generator that yields what it
 # waits for, (socket, whether for writing, deadline); side_by_side() runs
 # any number of them together.
@@ -1842,7 +1842,7 @@ def raise_error_of(sock):
         raise OSError(error, os.strerror(error))
 
 
-# ------------------------------------------------------------- 7. Where to
+# ------------------------------------------------------------------ 9. Routing
 # The route, the servers in their order, own addresses, tcpto.
 
 class Server(Value):
@@ -2353,7 +2353,7 @@ class TcpTo:
                 os.close(fd)
 
 
-# ------------------------------------------------------------------ 8. TLS
+# -------------------------------------------------------------- 10. TLS policy
 # What a server must prove, and whether its certificates do.  Pure, but for
 # the OpenSSL contexts made here.  The ssl module takes longer to import than
 # all else here together: only when a server has TLS.
@@ -2696,98 +2696,196 @@ def shown_chain(connection):
                       in connection._sslobj.get_unverified_chain()]
 
 
-class TlsLayer:
-    """TLS between a Line and its socket: bytes in, bytes out, through
-    memory.  It never waits, and does not touch the socket."""
+# ----------------------------------------------------------------- 11. Replies
+# Their grammar, EHLO, what of them may be shown; the encodings of AUTH.  Pure.
 
-    def __init__(self, context, name, session=None):
-        import ssl
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.want, self.context = ssl.SSLWantReadError, context
-        # A str is put through IDNA, which costs as much as all of socket;
-        # but Python 3.6 checks certificates for a str only.
-        checked = context.verify_mode != ssl.CERT_NONE
-        self.connection = context.wrap_bio(
-            self.incoming, self.outgoing,
-            server_hostname=name.decode('ascii') if name and checked
-            else name, session=session)
+class Reply(Value):
+    """code: an int from 200 to 599; text: all lines with their codes, each
+    ended by LF, without CRs."""
+    __slots__ = ('code', 'text')
 
-    def handshake(self):
-        """True when it is done, False if more has to come in.  Raises
-        TlsFailed."""
-        try:
-            self.connection.do_handshake()
-            return True
-        except self.want:
-            return False
-        except (OSError, ValueError) as error:  # SSLError, CertificateError
-            raise TlsFailed(tls_reason(error),
-                            certificate=is_verification_error(error))
-
-    def encrypt(self, data):
-        """True, or False if more has to come in first (renegotiation)."""
-        try:
-            if self.connection.write(data) != len(data):
-                raise Lost(b'TLS took only a part')
-            return True
-        except self.want:
-            return False
-        except OSError as error:
-            raise Lost(tls_reason(error))
-
-    def decrypt(self, data=None):
-        """(plain text, whether it is the last), of data if there are new
-        ones.  Empty data mean that the line has ended; that nobody said so
-        in TLS is no matter, for SMTP has ends of its own."""
-        ended, plain = data == b'', b''
-        if data:
-            self.incoming.write(data)
-        elif ended:
-            self.incoming.write_eof()
-        try:
-            while True:
-                block = self.connection.read(INPUT_BLOCK)
-                if not block:
-                    return plain, True
-                plain += block
-        except self.want:
-            return plain, ended
-        except OSError as error:
-            if plain or ended:
-                return plain, True
-            raise Lost(tls_reason(error))
-
-    def output(self):
-        """What has to go out."""
-        return self.outgoing.read()
-
-    def facts(self):
-        """Protocol and cipher, for the report."""
-        return '{}, {}'.format(self.connection.version(),
-                               self.connection.cipher()[0]).encode()
+    def kind(self):
+        return self.code // 100
 
 
-def is_verification_error(error):
-    """Whether it is the server's certificate that is not good enough."""
-    import ssl
-    return isinstance(error, ssl.CertificateError) or \
-        getattr(error, 'reason', None) == 'CERTIFICATE_VERIFY_FAILED'
+class ReplyReader:
+    """Reads one reply (RFC 5321 4.2.1) from pieces of any size, of up to
+    REPLY_SIZE_MAX bytes, and keeps no more than REPLY_KEPT bytes of each
+    line, and twice that in all.  lenient: after the first line it passes
+    over lines without a code."""
+    __slots__ = ('line', 'text', 'code', 'size', 'lenient')
+
+    def __init__(self, lenient=False):
+        self.line, self.text, self.code = bytearray(), bytearray(), None
+        self.size, self.lenient = 0, lenient
+
+    def take(self, data):
+        """The number of bytes used if the reply ends in data, else None.
+        Raises Lost as soon as this cannot be a reply."""
+        start = 0
+        while True:
+            end = data.find(b'\n', start)
+            piece = data[start:] if end < 0 else data[start:end]
+            self.size += len(piece) + (end >= 0)
+            if self.size > REPLY_SIZE_MAX:
+                raise Lost(b'a reply without end')
+            self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
+            has_code = self._check(end >= 0)
+            if end < 0:
+                return None
+            start = end + 1
+            if self._line_ended(has_code):
+                return start
+
+    def reply(self):
+        return Reply(self.code, bytes(self.text))
+
+    def _check(self, ended):
+        """Whether the line has a code, or may have one when it has ended.
+        Raises Lost if it must, and for a code of another class."""
+        line = self.line.rstrip(b'\r') if ended else self.line
+        digits, mark = line[:3], line[3:4]
+        if len(digits) < 3 and not ended:
+            has_code = all(c in b'0123456789' for c in digits) and \
+                digits[:1] in (b'', b'2', b'3', b'4', b'5')
+        else:
+            has_code = len(digits) == 3 and digits.isdigit() and \
+                digits[0] in b'2345' and \
+                mark in ((b'', b' ', b'-', b'\t') if ended
+                         else (b'', b' ', b'-', b'\t', b'\r'))
+        may_lack_code = self.lenient and self.code is not None
+        other_class = has_code and digits and self.code is not None and \
+            digits[0] - 48 != self.code // 100
+        if not has_code and not may_lack_code or \
+                other_class and (ended or not may_lack_code):
+            raise Lost(b'no SMTP reply')
+        return has_code
+
+    def _line_ended(self, has_code):
+        last = has_code and self.line[3:4] != b'-'
+        if has_code:
+            self.code = int(self.line[:3])
+        if len(self.text) < REPLY_KEPT:
+            self.text += self.line.replace(b'\r', b'') + b'\n'
+        self.line = bytearray()
+        return last
 
 
-def tls_reason(error):
-    """An error of the ssl module in a few words."""
-    words = getattr(error, 'verify_message', None) or \
-        (getattr(error, 'reason', None) or '').replace('_', ' ').lower() or \
-        str(error) or 'TLS error'
-    return printable_words(str(words).encode('ascii', 'replace'))
+def parse_ehlo(text):
+    """{keyword in upper case: parameters} from an EHLO reply (RFC 5321
+    4.1.1.1).  AUTH=LOGIN counts as AUTH LOGIN; several lines with the same
+    keyword add up."""
+    offered = {}
+    for line in text.split(b'\n')[1:]:
+        words = line[4:].upper().replace(b'AUTH=', b'AUTH ').split()
+        if words:
+            offered.setdefault(words[0], []).extend(words[1:])
+    return offered
 
 
-def printable_words(text):
-    """On one line, without control bytes."""
-    return bytes(c if 32 <= c <= 126 else 63 for c in text).rstrip(b'.')
+def mask(text, secrets, name=b''):
+    """text without the secrets and the user's name, wherever they are."""
+    hidden = bytearray(len(text))
+    for secret in filter(None, list(secrets) + [name]):
+        at = text.find(secret)
+        while at >= 0:
+            hidden[at:at + len(secret)] = b'\1' * len(secret)
+            at = text.find(secret, at + 1)
+    shown = bytearray()
+    for at, byte in enumerate(text):
+        if not hidden[at]:
+            shown.append(byte)
+        elif not at or not hidden[at - 1]:
+            shown += b'***'
+    if len(text) >= REPLY_KEPT and secrets:         # one may be cut in half
+        del shown[-max(map(len, list(secrets) + [name])):]
+    return bytes(shown)
 
 
-# ------------------------------------------------------------- 9. The line
+def mask_lines(text, secrets):
+    """A reply to a step of AUTH without the lines that share SECRET_PART
+    bytes in a row with a secret, or all of it if it is shorter: servers cut
+    what they echo short, and fold it.  Codes stay."""
+    parts = {secret[at:at + SECRET_PART] for secret in filter(None, secrets)
+             for at in range(max(1, len(secret) - SECRET_PART + 1))}
+    lines = text.split(b'\n')
+    for index, line in enumerate(lines):
+        words = line[4:]
+        if not parts.isdisjoint(words[at:at + size]
+                                for size in range(1, SECRET_PART + 1)
+                                for at in range(len(words))):
+            lines[index] = line[:4] + b'***'
+    return b'\n'.join(lines)
+
+
+def said(reply, secrets, name=b''):
+    """What the server said, for a report."""
+    text = mask(reply.text, secrets, name)[:REPLY_MAX].rstrip(b'\n')
+    return b'Remote host said: ' + text + b'\n'
+
+
+def first_words(reply, secrets, name=b''):
+    """The same for the trail: one line, and not much of it."""
+    text = mask(reply.text, secrets, name)
+    return text.split(b'\n', 1)[0][:TRAIL_MAX].rstrip()
+
+
+def base64(data):
+    """RFC 4648 section 4; the base64 module would cost more than a start
+    of Python."""
+    import binascii
+    return binascii.b2a_base64(data)[:-1]
+
+
+def unbase64(text):
+    """Raises ValueError for anything but canonical base64."""
+    import binascii
+    text = text.strip()
+    data = binascii.a2b_base64(text)
+    if base64(data) != text:
+        raise ValueError('not base64')
+    return data
+
+
+def hmac_md5(key, text):
+    """RFC 2104, in hexadecimal.  Raises ValueError if this Python has no
+    MD5."""
+    import hmac
+    return hmac.new(key, text, 'md5').hexdigest().encode()
+
+
+def secrets_of(credentials):
+    """All forms in which a server could send user and password back, but
+    for the user as it is and the CRAM-MD5 digest."""
+    if credentials is None:
+        return []
+    user, password = credentials
+    forms = [password]
+    for value in (user, password, b'\0' + user + b'\0' + password):
+        encoded = base64(value)
+        forms += [encoded, encoded.rstrip(b'=')]
+    return forms
+
+
+def permanent(reply):
+    """Whether a refusal is for good.  530 wants TLS or a password first,
+    which is about our configuration and not about the mail (RFC 4954)."""
+    return reply.kind() == 5 and reply.code != 530
+
+
+def about_security(reply):
+    """Whether the words of a reply hold an enhanced code X.7.x (RFC 3463
+    3.8), wherever a server puts it."""
+    for line in reply.text.split(b'\n'):
+        for word in line[4:].split():
+            numbers = word.strip(b'#()[]<>:;,.-').split(b'.')
+            if len(numbers) == 3 and numbers[0] in (b'4', b'5') and \
+                    numbers[1] == b'7' and numbers[2].isdigit():
+                return True
+    return False
+
+
+# -------------------------------------------------------------- 12. Connection
 # A socket with deadlines.  The only code that waits.
 
 # The launcher's process id, if sh started us: it is what an administrator
@@ -3081,7 +3179,98 @@ def reason(error):
     return os.strerror(error.errno or errno.EIO).lower().encode()
 
 
-# --------------------------------------------------------- 10. The message
+class TlsLayer:
+    """TLS between a Line and its socket: bytes in, bytes out, through
+    memory.  It never waits, and does not touch the socket."""
+
+    def __init__(self, context, name, session=None):
+        import ssl
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.want, self.context = ssl.SSLWantReadError, context
+        # A str is put through IDNA, which costs as much as all of socket;
+        # but Python 3.6 checks certificates for a str only.
+        checked = context.verify_mode != ssl.CERT_NONE
+        self.connection = context.wrap_bio(
+            self.incoming, self.outgoing,
+            server_hostname=name.decode('ascii') if name and checked
+            else name, session=session)
+
+    def handshake(self):
+        """True when it is done, False if more has to come in.  Raises
+        TlsFailed."""
+        try:
+            self.connection.do_handshake()
+            return True
+        except self.want:
+            return False
+        except (OSError, ValueError) as error:  # SSLError, CertificateError
+            raise TlsFailed(tls_reason(error),
+                            certificate=is_verification_error(error))
+
+    def encrypt(self, data):
+        """True, or False if more has to come in first (renegotiation)."""
+        try:
+            if self.connection.write(data) != len(data):
+                raise Lost(b'TLS took only a part')
+            return True
+        except self.want:
+            return False
+        except OSError as error:
+            raise Lost(tls_reason(error))
+
+    def decrypt(self, data=None):
+        """(plain text, whether it is the last), of data if there are new
+        ones.  Empty data mean that the line has ended; that nobody said so
+        in TLS is no matter, for SMTP has ends of its own."""
+        ended, plain = data == b'', b''
+        if data:
+            self.incoming.write(data)
+        elif ended:
+            self.incoming.write_eof()
+        try:
+            while True:
+                block = self.connection.read(INPUT_BLOCK)
+                if not block:
+                    return plain, True
+                plain += block
+        except self.want:
+            return plain, ended
+        except OSError as error:
+            if plain or ended:
+                return plain, True
+            raise Lost(tls_reason(error))
+
+    def output(self):
+        """What has to go out."""
+        return self.outgoing.read()
+
+    def facts(self):
+        """Protocol and cipher, for the report."""
+        return '{}, {}'.format(self.connection.version(),
+                               self.connection.cipher()[0]).encode()
+
+
+def is_verification_error(error):
+    """Whether it is the server's certificate that is not good enough."""
+    import ssl
+    return isinstance(error, ssl.CertificateError) or \
+        getattr(error, 'reason', None) == 'CERTIFICATE_VERIFY_FAILED'
+
+
+def tls_reason(error):
+    """An error of the ssl module in a few words."""
+    words = getattr(error, 'verify_message', None) or \
+        (getattr(error, 'reason', None) or '').replace('_', ' ').lower() or \
+        str(error) or 'TLS error'
+    return printable_words(str(words).encode('ascii', 'replace'))
+
+
+def printable_words(text):
+    """On one line, without control bytes."""
+    return bytes(c if 32 <= c <= 126 else 63 for c in text).rstrip(b'.')
+
+
+# ----------------------------------------------------------------- 13. Message
 # From LF to what goes over the wire (pure), and the only reader of fd 0.
 
 def wire_form(blocks):
@@ -3249,194 +3438,8 @@ def is_ascii(block):
         return not block.translate(None, bytes(range(128)))
 
 
-# ---------------------------------------------------------------- 11. SMTP
+# ----------------------------------------------------------------- 14. Session
 # The grammar of replies and of EHLO, answers to AUTH (pure); the session.
-
-class Reply(Value):
-    """code: an int from 200 to 599; text: all lines with their codes, each
-    ended by LF, without CRs."""
-    __slots__ = ('code', 'text')
-
-    def kind(self):
-        return self.code // 100
-
-
-class ReplyReader:
-    """Reads one reply (RFC 5321 4.2.1) from pieces of any size, of up to
-    REPLY_SIZE_MAX bytes, and keeps no more than REPLY_KEPT bytes of each
-    line, and twice that in all.  lenient: after the first line it passes
-    over lines without a code."""
-    __slots__ = ('line', 'text', 'code', 'size', 'lenient')
-
-    def __init__(self, lenient=False):
-        self.line, self.text, self.code = bytearray(), bytearray(), None
-        self.size, self.lenient = 0, lenient
-
-    def take(self, data):
-        """The number of bytes used if the reply ends in data, else None.
-        Raises Lost as soon as this cannot be a reply."""
-        start = 0
-        while True:
-            end = data.find(b'\n', start)
-            piece = data[start:] if end < 0 else data[start:end]
-            self.size += len(piece) + (end >= 0)
-            if self.size > REPLY_SIZE_MAX:
-                raise Lost(b'a reply without end')
-            self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
-            has_code = self._check(end >= 0)
-            if end < 0:
-                return None
-            start = end + 1
-            if self._line_ended(has_code):
-                return start
-
-    def reply(self):
-        return Reply(self.code, bytes(self.text))
-
-    def _check(self, ended):
-        """Whether the line has a code, or may have one when it has ended.
-        Raises Lost if it must, and for a code of another class."""
-        line = self.line.rstrip(b'\r') if ended else self.line
-        digits, mark = line[:3], line[3:4]
-        if len(digits) < 3 and not ended:
-            has_code = all(c in b'0123456789' for c in digits) and \
-                digits[:1] in (b'', b'2', b'3', b'4', b'5')
-        else:
-            has_code = len(digits) == 3 and digits.isdigit() and \
-                digits[0] in b'2345' and \
-                mark in ((b'', b' ', b'-', b'\t') if ended
-                         else (b'', b' ', b'-', b'\t', b'\r'))
-        may_lack_code = self.lenient and self.code is not None
-        other_class = has_code and digits and self.code is not None and \
-            digits[0] - 48 != self.code // 100
-        if not has_code and not may_lack_code or \
-                other_class and (ended or not may_lack_code):
-            raise Lost(b'no SMTP reply')
-        return has_code
-
-    def _line_ended(self, has_code):
-        last = has_code and self.line[3:4] != b'-'
-        if has_code:
-            self.code = int(self.line[:3])
-        if len(self.text) < REPLY_KEPT:
-            self.text += self.line.replace(b'\r', b'') + b'\n'
-        self.line = bytearray()
-        return last
-
-
-def parse_ehlo(text):
-    """{keyword in upper case: parameters} from an EHLO reply (RFC 5321
-    4.1.1.1).  AUTH=LOGIN counts as AUTH LOGIN; several lines with the same
-    keyword add up."""
-    offered = {}
-    for line in text.split(b'\n')[1:]:
-        words = line[4:].upper().replace(b'AUTH=', b'AUTH ').split()
-        if words:
-            offered.setdefault(words[0], []).extend(words[1:])
-    return offered
-
-
-def mask(text, secrets, name=b''):
-    """text without the secrets and the user's name, wherever they are."""
-    hidden = bytearray(len(text))
-    for secret in filter(None, list(secrets) + [name]):
-        at = text.find(secret)
-        while at >= 0:
-            hidden[at:at + len(secret)] = b'\1' * len(secret)
-            at = text.find(secret, at + 1)
-    shown = bytearray()
-    for at, byte in enumerate(text):
-        if not hidden[at]:
-            shown.append(byte)
-        elif not at or not hidden[at - 1]:
-            shown += b'***'
-    if len(text) >= REPLY_KEPT and secrets:         # one may be cut in half
-        del shown[-max(map(len, list(secrets) + [name])):]
-    return bytes(shown)
-
-
-def mask_lines(text, secrets):
-    """A reply to a step of AUTH without the lines that share SECRET_PART
-    bytes in a row with a secret, or all of it if it is shorter: servers cut
-    what they echo short, and fold it.  Codes stay."""
-    parts = {secret[at:at + SECRET_PART] for secret in filter(None, secrets)
-             for at in range(max(1, len(secret) - SECRET_PART + 1))}
-    lines = text.split(b'\n')
-    for index, line in enumerate(lines):
-        words = line[4:]
-        if not parts.isdisjoint(words[at:at + size]
-                                for size in range(1, SECRET_PART + 1)
-                                for at in range(len(words))):
-            lines[index] = line[:4] + b'***'
-    return b'\n'.join(lines)
-
-
-def said(reply, secrets, name=b''):
-    """What the server said, for a report."""
-    text = mask(reply.text, secrets, name)[:REPLY_MAX].rstrip(b'\n')
-    return b'Remote host said: ' + text + b'\n'
-
-
-def first_words(reply, secrets, name=b''):
-    """The same for the trail: one line, and not much of it."""
-    text = mask(reply.text, secrets, name)
-    return text.split(b'\n', 1)[0][:TRAIL_MAX].rstrip()
-
-
-def base64(data):
-    """RFC 4648 section 4; the base64 module would cost more than a start
-    of Python."""
-    import binascii
-    return binascii.b2a_base64(data)[:-1]
-
-
-def unbase64(text):
-    """Raises ValueError for anything but canonical base64."""
-    import binascii
-    text = text.strip()
-    data = binascii.a2b_base64(text)
-    if base64(data) != text:
-        raise ValueError('not base64')
-    return data
-
-
-def hmac_md5(key, text):
-    """RFC 2104, in hexadecimal.  Raises ValueError if this Python has no
-    MD5."""
-    import hmac
-    return hmac.new(key, text, 'md5').hexdigest().encode()
-
-
-def secrets_of(credentials):
-    """All forms in which a server could send user and password back, but
-    for the user as it is and the CRAM-MD5 digest."""
-    if credentials is None:
-        return []
-    user, password = credentials
-    forms = [password]
-    for value in (user, password, b'\0' + user + b'\0' + password):
-        encoded = base64(value)
-        forms += [encoded, encoded.rstrip(b'=')]
-    return forms
-
-
-def permanent(reply):
-    """Whether a refusal is for good.  530 wants TLS or a password first,
-    which is about our configuration and not about the mail (RFC 4954)."""
-    return reply.kind() == 5 and reply.code != 530
-
-
-def about_security(reply):
-    """Whether the words of a reply hold an enhanced code X.7.x (RFC 3463
-    3.8), wherever a server puts it."""
-    for line in reply.text.split(b'\n'):
-        for word in line[4:].split():
-            numbers = word.strip(b'#()[]<>:;,.-').split(b'.')
-            if len(numbers) == 3 and numbers[0] in (b'4', b'5') and \
-                    numbers[1] == b'7' and numbers[2].isdigit():
-                return True
-    return False
-
 
 class EarlyReply(Exception):
     """The server answered a message before its end."""
@@ -4016,7 +4019,7 @@ class Session:
         return True
 
 
-# ------------------------------------------------------------ 12. Delivery
+# ---------------------------------------------------------------- 15. Delivery
 # One message, from its arguments to its Report; the loop over servers decides
 # between "next" and "report", and nobody else does.
 
@@ -4196,7 +4199,7 @@ def open_line(server, control, world):
     return world.line(sock)
 
 
-# --------------------------------------------------------------- 13. Spawn
+# ----------------------------------------------------------------- 16. Spawner
 # qmail-rspawn: a parent that takes commands from qmail-send, and workers
 # forked from it that deliver.  The parent waits for all of them at once, and
 # for nothing else: no DNS, no SMTP, no TLS, no message.
@@ -4709,7 +4712,7 @@ def reaped(pid):
         return True
 
 
-# ---------------------------------------------------------------- 14. Main
+# -------------------------------------------------------------------- 17. Main
 # The process: its descriptors, its arguments, its end.
 
 def fill_descriptors():

@@ -10952,7 +10952,7 @@ class ManualPage(unittest.TestCase):
         manual = ' '.join(qr.__doc__.split())
         with open(PROGRAM, encoding='utf-8') as f:
             program = f.read()
-        room = program.split('3. Outcomes\n')[1].split('\nclass ')[0]
+        room = program.split('4. Results\n')[1].split('\nclass ')[0]
         names = re.findall(r'^([A-Z][A-Z_0-9]+) = b', room, re.M)
         self.assertGreater(len(names), 35)
         for name in names:
