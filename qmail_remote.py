@@ -471,7 +471,7 @@ VERSION = '1.0'
 QMAIL_HOME = "/var/qmail"
 
 
-class Value:
+class Record:
     """A record with the fields that __slots__ names, in their order."""
     __slots__ = ()
 
@@ -503,7 +503,7 @@ BYTE_ORDER_MARK = b'\xef\xbb\xbf'         # what some editors put before UTF-8
 REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
 REPLY_KEPT = 16384              # bytes of a reply kept, before masking
 REPLY_SIZE_MAX = 1 << 20        # bytes of a reply read
-TRAIL_MAX = 200                 # bytes of a reply shown in the trail
+SUMMARY_MAX = 200                 # bytes of a reply shown in the trail
 INPUT_BLOCK = 65536             # bytes asked of the socket at once
 IDLE_MAX = 256                  # blocks taken in ahead of their time
 MESSAGE_BLOCK = 262144          # bytes of the message read at once
@@ -519,7 +519,7 @@ AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
 AUTH_COMMAND_MAX = 510          # the same of AUTH itself (RFC 5321 4.5.3.1.4)
 ORPHAN_CHECK = 5                # how soon a killed launcher is noticed
 IP_BIND_ADDRESS_NO_PORT = 24    # linux/in.h; not in every Python
-SCREEN_TIMEOUT = 5              # a terminal that takes nothing is given up
+TRACE_TIMEOUT = 5              # a terminal that takes nothing is given up
 PROGRESS_AFTER, PROGRESS_EVERY = 1, 0.2     # when a message counts as long
 
 DNS_PORT = 53
@@ -689,7 +689,7 @@ class TimedOut(Exception):
     """A deadline has passed."""
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """The line is dead, or the peer is out of step."""
 
     def __init__(self, note):
@@ -737,7 +737,7 @@ def write_some(output):
     return output[os.write(1, output):]
 
 
-class Screen:
+class Trace:
     """The terminal of somebody who looks on, or nobody's (fd None): what is
     said appears at once, with a mark before each line.
 
@@ -798,13 +798,13 @@ class Screen:
     def _write(self, data):
         try:
             while data:
-                self.wait((), (self.fd,), self.clock() + SCREEN_TIMEOUT)
+                self.wait((), (self.fd,), self.clock() + TRACE_TIMEOUT)
                 data = data[os.write(self.fd, data):]
         except (OSError, TimedOut):
             self.fd = None
 
 
-NOBODY = Screen()
+NO_TRACE = Trace()
 
 
 def visible(text):
@@ -958,7 +958,7 @@ def literal(host):
 # ------------------------------------------------------------ 6. Control files
 # The only code that opens them; parsers for what they hold.
 
-class Control(Value):
+class Control(Record):
     """What the control files say.  Names and addresses are bytes, timeouts
     seconds; the routes are dicts, as parse_routes() and parse_senders()
     give them; moreipme and notipme as parse_networks() gives them,
@@ -967,7 +967,7 @@ class Control(Value):
                  'authsenders', 'moreipme', 'notipme', 'outgoingip', 'batch')
 
 
-class Route(Value):
+class Route(Record):
     """Where mail goes: relay (bytes; None: by MX), port (an int, or None:
     as usual), credentials ((user, password) or None), lacking (what the
     line has not: b'user' or b'password', if it has the other or a | alone).
@@ -975,7 +975,7 @@ class Route(Value):
     __slots__ = ('relay', 'port', 'credentials', 'lacking')
 
     def __init__(self, relay, port, credentials, lacking=b''):
-        Value.__init__(self, relay, port, credentials, lacking)
+        Record.__init__(self, relay, port, credentials, lacking)
 
 
 class Invalid(Exception):
@@ -1086,7 +1086,7 @@ def control_signature(more=()):
     return signature
 
 
-class TlsControl(Value):
+class TlsControl(Record):
     """What control says about TLS with one host.  pem: the certificates to
     trust, or None; never: no TLS at all; cert: the path of our own, or
     None; ciphers: a list for OpenSSL, or empty."""
@@ -1294,7 +1294,7 @@ class TooMuch(Malformed):
     """More answers than one delivery may read."""
 
 
-class Answer(Value):
+class Answer(Record):
     """A parsed answer.  rcode with its EDNS part; truncated; lame: neither
     authority nor recursion stands behind it; records: (owner, type, value)
     of the answer section, those asked for and CNAMEs; final: an SOA says
@@ -1474,10 +1474,10 @@ def follow(records, name, qtype):
 
 # -------------------------------------------------------------- 8. DNS lookups
 # The only code that asks.  Each question is a generator that yields what it
-# waits for, (socket, whether for writing, deadline); side_by_side() runs
+# waits for, (socket, whether for writing, deadline); run_concurrently() runs
 # any number of them together.
 
-class NameServer(Value):
+class NameServer(Record):
     """family and sockaddr as sockets want them; trusted: it is on this
     host, where resolvers that validate are, or resolv.conf(5) says so.  What
     merely forwards, such as Docker's 127.0.0.11, would pass on an AD that
@@ -1485,13 +1485,13 @@ class NameServer(Value):
     __slots__ = ('family', 'sockaddr', 'trusted')
 
 
-class DnsConfig(Value):
+class DnsConfig(Record):
     """servers: NameServers; timeout in seconds, attempts: rounds over all
     of them; tcp: never UDP (resolv.conf(5), use-vc)."""
     __slots__ = ('servers', 'timeout', 'attempts', 'tcp')
 
 
-class Lookup(Value):
+class Lookup(Record):
     """What became of a question.  status: OK (values may be empty: the name
     has none), NONE (there is no such name), SOFT (unknown for now) or LATE
     (the same, but it was not waited for as long as one may); authentic:
@@ -1565,8 +1565,8 @@ def parse_resolv_conf(data, override=b''):
         b'use-vc' in options)
 
 
-def lookup_words(name, qtype, lookup):
-    """A question and what became of it, for the screen."""
+def lookup_summary(name, qtype, lookup):
+    """A question and what became of it, for the trace."""
     kind = {A: b'A', AAAA: b'AAAA', MX: b'MX', TLSA: b'TLSA',
             CNAME: b'CNAME'}[qtype]
     words = {Lookup.NONE: b'no such name',
@@ -1584,7 +1584,7 @@ def lookup_words(name, qtype, lookup):
                                   b' (AD)' if lookup.authentic else b'')
 
 
-def side_by_side(jobs, wait, clock, enough=None):
+def run_concurrently(jobs, wait, clock, enough=None):
     """Runs generators together; their results in order.  Each yields
     (socket or None, for writing, deadline) and is resumed when the socket
     is ready, or with TimedOut.  After DNS_PATIENCE it stops as soon as
@@ -1630,9 +1630,9 @@ class Resolver:
     here, or before this Resolver was made (first: a NameServer, or None).
     wait and clock: see The line."""
 
-    def __init__(self, config, wait, clock, screen=NOBODY, first=None):
+    def __init__(self, config, wait, clock, trace=NO_TRACE, first=None):
         self.config, self.wait, self.clock = config, wait, clock
-        self.screen = screen
+        self.trace = trace
         self.first = config.servers.index(first) \
             if first in config.servers else 0
         self.open = 0           # sockets in use
@@ -1650,8 +1650,8 @@ class Resolver:
         """Asks all questions, pairs of a wire name and a type, side by
         side; a list of Lookups.  Takes at most the time that one question
         may take (rounds * servers * timeout), for up to DNS_TOGETHER.  enough
-        as in side_by_side(); what is out then is LATE."""
-        lookups = side_by_side([self._told(name, qtype)
+        as in run_concurrently(); what is out then is LATE."""
+        lookups = run_concurrently([self._told(name, qtype)
                                 for name, qtype in questions],
                                self.wait, self.clock, enough)
         for index, (name, qtype) in enumerate(questions):
@@ -1666,8 +1666,8 @@ class Resolver:
         return lookup
 
     def _tell(self, name, qtype, lookup):
-        if self.screen.fd is not None:
-            self.screen.say(Screen.REMARK, lookup_words(name, qtype, lookup))
+        if self.trace.fd is not None:
+            self.trace.say(Trace.REMARK, lookup_summary(name, qtype, lookup))
 
     def _resolve(self, name, qtype):
         config, links, authentic = self.config, 0, True
@@ -1845,7 +1845,7 @@ def raise_error_of(sock):
 # ------------------------------------------------------------------ 9. Routing
 # The route, the servers in their order, own addresses, tcpto.
 
-class Server(Value):
+class Server(Record):
     """A place to try: IP address (bytes), port, the exchanger's or relay's
     name (bytes; the address, if it has no host name), its TLSA records (a
     list, empty without DANE; None: not known for now), the name that has
@@ -1859,7 +1859,7 @@ class Server(Value):
         return list(filter(None, [self.tlsa_name] + self.next_hop))
 
 
-class Exchanger(Value):
+class Exchanger(Record):
     """preference, name (wire form; None: a literal), addresses (in the
     order to try them), tlsa as in Server, and its name in wire form."""
     __slots__ = ('preference', 'name', 'addresses', 'tlsa', 'tlsa_name')
@@ -1883,8 +1883,8 @@ def choose_route(host, sender, control):
     return route
 
 
-def route_words(host, sender, route, control):
-    """The choice and where it comes from, for the screen."""
+def route_summary(host, sender, route, control):
+    """The choice and where it comes from, for the trace."""
     own = lookup_sender(sender, control.authsenders)
     by, words = b'DNS', b'the mail exchangers of ' + host
     if own is not None and own.relay is not False:
@@ -2366,7 +2366,7 @@ WEAK_CIPHERS = b'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:ECDHE:' \
     b'DHE:ALL:!PSK:!SRP:!AESCCM:!ARIA'
 
 
-class TlsPolicy(Value):
+class TlsPolicy(Record):
     """wanted: try it if it is offered; required: nothing is sent without.
     check: how the certificate is checked, trust with what:
     NOTHING, None; SYSTEM, None (the system's trust store); FILE, PEM bytes;
@@ -2487,7 +2487,7 @@ def tls_context(policy, control, tls12=False):
     except (OSError, ValueError):       # SSLError is an OSError
         raise Report(NO_CONTROL)
     if policy.check in (TlsPolicy.NOTHING, TlsPolicy.PINNED, TlsPolicy.DANE):
-        return context          # Session.judge() has a look at the others
+        return context          # Session.verify_peer() has a look at the others
     if policy.check == TlsPolicy.SYSTEM:
         context.set_default_verify_paths()
     else:
@@ -2500,7 +2500,7 @@ def tls_context(policy, control, tls12=False):
         # Trust may end at the server's own certificate, or at any CA's.
         context.verify_flags |= X509_PARTIAL_CHAIN
     context.verify_mode = ssl.CERT_REQUIRED
-    # Of several names OpenSSL could check one; Session.judge() checks those.
+    # Of several names OpenSSL could check one; Session.verify_peer() checks those.
     context.check_hostname = policy.check != TlsPolicy.ANCHORS
     return context
 
@@ -2699,7 +2699,7 @@ def shown_chain(connection):
 # ----------------------------------------------------------------- 11. Replies
 # Their grammar, EHLO, what of them may be shown; the encodings of AUTH.  Pure.
 
-class Reply(Value):
+class Reply(Record):
     """code: an int from 200 to 599; text: all lines with their codes, each
     ended by LF, without CRs."""
     __slots__ = ('code', 'text')
@@ -2721,14 +2721,14 @@ class ReplyReader:
 
     def take(self, data):
         """The number of bytes used if the reply ends in data, else None.
-        Raises Lost as soon as this cannot be a reply."""
+        Raises ConnectionLost as soon as this cannot be a reply."""
         start = 0
         while True:
             end = data.find(b'\n', start)
             piece = data[start:] if end < 0 else data[start:end]
             self.size += len(piece) + (end >= 0)
             if self.size > REPLY_SIZE_MAX:
-                raise Lost(b'a reply without end')
+                raise ConnectionLost(b'a reply without end')
             self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
             has_code = self._check(end >= 0)
             if end < 0:
@@ -2742,7 +2742,7 @@ class ReplyReader:
 
     def _check(self, ended):
         """Whether the line has a code, or may have one when it has ended.
-        Raises Lost if it must, and for a code of another class."""
+        Raises ConnectionLost if it must, and for a code of another class."""
         line = self.line.rstrip(b'\r') if ended else self.line
         digits, mark = line[:3], line[3:4]
         if len(digits) < 3 and not ended:
@@ -2758,7 +2758,7 @@ class ReplyReader:
             digits[0] - 48 != self.code // 100
         if not has_code and not may_lack_code or \
                 other_class and (ended or not may_lack_code):
-            raise Lost(b'no SMTP reply')
+            raise ConnectionLost(b'no SMTP reply')
         return has_code
 
     def _line_ended(self, has_code):
@@ -2827,7 +2827,7 @@ def said(reply, secrets, name=b''):
 def first_words(reply, secrets, name=b''):
     """The same for the trail: one line, and not much of it."""
     text = mask(reply.text, secrets, name)
-    return text.split(b'\n', 1)[0][:TRAIL_MAX].rstrip()
+    return text.split(b'\n', 1)[0][:SUMMARY_MAX].rstrip()
 
 
 def base64(data):
@@ -2966,9 +2966,9 @@ def bind_source(sock, source):
         raise Report(NO_RESOURCES)
 
 
-class Line:
+class Connection:
     """The line to a server: sends with a deadline, reads whole replies with
-    a deadline.  Whatever fails raises Lost, but for the handshake."""
+    a deadline.  Whatever fails raises ConnectionLost, but for the handshake."""
 
     def __init__(self, sock, wait=wait, clock=time.monotonic):
         self.sock, self.wait, self.clock = sock, wait, clock
@@ -2977,19 +2977,19 @@ class Line:
         self.tls = None             # a TlsLayer, once it is up
         self.backlog = b''          # what TLS has to say besides
 
-    def start_tls(self, context, name, seconds, judge=lambda tls: None,
+    def start_tls(self, context, name, seconds, verify_peer=lambda tls: None,
                   session=None):
         """The handshake, within seconds.  name is what to ask for, and to
-        check if the context says so (bytes, or None); judge(TlsLayer) has
+        check if the context says so (bytes, or None); verify_peer(TlsLayer) has
         the last word; session is one of this context's to resume, or None.
-        Raises TlsFailed; Lost if the peer spoke in the clear before, which
+        Raises TlsFailed; ConnectionLost if the peer spoke in the clear before, which
         would pass for encrypted words (RFC 3207, CVE-2011-0411)."""
         try:
             closed = self.heard()
-        except Lost as lost:
+        except ConnectionLost as lost:
             raise TlsFailed(lost.note, silent=True)
         if self.input:
-            raise Lost(b'spoke in the clear before the TLS handshake')
+            raise ConnectionLost(b'spoke in the clear before the TLS handshake')
         if closed:
             raise TlsFailed(b'connection closed', silent=True)
         deadline, done, answered = self.clock() + seconds, False, False
@@ -3002,18 +3002,18 @@ class Line:
                 try:
                     done = tls.handshake()
                 except TlsFailed:
-                    self.whisper(tls.output())      # the alert
+                    self.send_best_effort(tls.output())      # the alert
                     raise
                 self._push(tls.output(), deadline)
                 if not done:
                     tls.incoming.write(self._receive(deadline))
                     answered = True
-            judge(tls)
+            verify_peer(tls)
             # What came with the last bytes of the handshake is encrypted;
             # nonsense in it would make OpenSSL forget the certificate.
             plain, self.ended = tls.decrypt()
             self.input += plain
-        except Lost as lost:
+        except ConnectionLost as lost:
             raise TlsFailed(lost.note, silent=not answered or
                             self.clock() >= deadline)
         self.tls = tls
@@ -3036,7 +3036,7 @@ class Line:
         return data
 
     def _receive(self, deadline):
-        """Some bytes from the socket.  Raises Lost at its end."""
+        """Some bytes from the socket.  Raises ConnectionLost at its end."""
         while True:
             self._wait(True, False, deadline)
             try:
@@ -3044,9 +3044,9 @@ class Line:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise Lost(reason(error))
+                raise ConnectionLost(error_words(error))
             if not data:
-                raise Lost(b'connection closed')
+                raise ConnectionLost(b'connection closed')
             return data
 
     def _push(self, data, deadline, stop_on_input=False, take_input=False):
@@ -3059,7 +3059,7 @@ class Line:
             except BlockingIOError:
                 pass
             except OSError as error:
-                raise Lost(reason(error))
+                raise ConnectionLost(error_words(error))
             if stop_on_input and self.heard():
                 return False
             room = (stop_on_input or take_input) and self._room()
@@ -3086,13 +3086,13 @@ class Line:
                 return reader.reply()
             self.input = bytearray()
             if self.ended:
-                raise Lost(b'connection closed')
+                raise ConnectionLost(b'connection closed')
             if timed_out:
                 raise timed_out
             self._push_backlog()
             try:
                 self._wait(True, False, deadline)
-            except Lost as lost:
+            except ConnectionLost as lost:
                 timed_out = lost
             self._fill()
 
@@ -3110,28 +3110,28 @@ class Line:
             for _ in range(IDLE_MAX):
                 if not self._room() or not self._fill():
                     break
-        except Lost:
+        except ConnectionLost:
             pass
         self.ended = True
         return bool(self.input)
 
-    def last_words(self):
+    def salvage_reply(self):
         """The Reply that a dead line still holds, or None."""
         self.hold()
         reader = ReplyReader()
         try:
             return None if reader.take(self.input) is None \
                 else reader.reply()
-        except Lost:
+        except ConnectionLost:
             return None
 
-    def whisper(self, data):
+    def send_best_effort(self, data):
         """Sends what fits at once, and does not care."""
         try:
             if self.tls:
                 data = self._encrypt(data, self.clock())
             self.sock.send(data)
-        except (OSError, Lost):
+        except (OSError, ConnectionLost):
             pass
 
     def close(self):
@@ -3145,12 +3145,12 @@ class Line:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise Lost(reason(error))
+            raise ConnectionLost(error_words(error))
         if self.tls:
             data, self.ended = self.tls.decrypt(data)
             self.backlog += self.tls.output()
             if len(self.backlog) > REPLY_KEPT:
-                raise Lost(b'asks for new TLS keys without end')
+                raise ConnectionLost(b'asks for new TLS keys without end')
             self.input += data
             return True
         self.ended = not data
@@ -3171,10 +3171,10 @@ class Line:
             self.wait((self.sock,) if reading else (),
                       (self.sock,) if writing else (), deadline)
         except TimedOut:
-            raise Lost(b'timed out')
+            raise ConnectionLost(b'timed out')
 
 
-def reason(error):
+def error_words(error):
     """An OSError in a few words, for the trail."""
     return os.strerror(error.errno or errno.EIO).lower().encode()
 
@@ -3211,12 +3211,12 @@ class TlsLayer:
         """True, or False if more has to come in first (renegotiation)."""
         try:
             if self.connection.write(data) != len(data):
-                raise Lost(b'TLS took only a part')
+                raise ConnectionLost(b'TLS took only a part')
             return True
         except self.want:
             return False
         except OSError as error:
-            raise Lost(tls_reason(error))
+            raise ConnectionLost(tls_reason(error))
 
     def decrypt(self, data=None):
         """(plain text, whether it is the last), of data if there are new
@@ -3238,7 +3238,7 @@ class TlsLayer:
         except OSError as error:
             if plain or ended:
                 return plain, True
-            raise Lost(tls_reason(error))
+            raise ConnectionLost(tls_reason(error))
 
     def output(self):
         """What has to go out."""
@@ -3308,7 +3308,7 @@ class Message:
         self.start = 0          # and where the message starts in it
         self.head = b''         # bytes read ahead
         self.whole = False      # there is no more than head
-        self.noted = None       # what survey() found
+        self.scan_result = None       # what survey() found
         self.deadline, self.taken = None, 0     # of the piece being read
 
     def check(self):
@@ -3330,7 +3330,7 @@ class Message:
         except OSError:
             raise Report(NO_MESSAGE)
 
-    def small(self):
+    def read_if_small(self):
         """The whole message if it has at most PEEK_MAX bytes, else None."""
         if self.size is not None and self.size > PEEK_MAX:
             return None
@@ -3342,13 +3342,13 @@ class Message:
             raise Report(PARTIAL_LINE)
         return self.head if self.whole else None
 
-    def survey(self):
+    def scan(self):
         """(how many bytes it has on the wire, whether there are 8-bit bytes
         among them).  A pipe's size is None, and it may hold 8-bit bytes.
         CRs beside LFs and more than COUNTED_MAX bytes make the size an
         estimate, which is enough (RFC 1870 5)."""
-        if self.noted is None:
-            head = self.small()
+        if self.scan_result is None:
+            head = self.read_if_small()
             if head is None and self.size is None:
                 return None, True
             read, lines, plain = 0, 0, True
@@ -3359,8 +3359,8 @@ class Message:
                 read += len(block)
                 plain = plain and is_ascii(block)
             size = read + (-(-lines * read // counted) if read else 0)
-            self.noted = size, not plain
-        return self.noted
+            self.scan_result = size, not plain
+        return self.scan_result
 
     def _peek(self):
         """The blocks of a file, without moving in it."""
@@ -3457,7 +3457,7 @@ class AuthRejected(Exception):
         self.what, self.reply = what, reply
 
 
-class Envelope(Value):
+class Envelope(Record):
     """sender and recipients as they go between < and >; None in the place
     of a recipient that must never go out.  told: a server may have heard
     of the recipients."""
@@ -3475,13 +3475,13 @@ class Session:
     if another server may do better."""
 
     def __init__(self, line, server, control, envelope, credentials,
-                 message, tls, tls_context, screen=NOBODY, tickets=None,
+                 message, tls, tls_context, trace=NO_TRACE, tickets=None,
                  lacking=b'', tls_failure=b''):
         self.line, self.server, self.control = line, server, control
         self.address = server.address
         self.envelope, self.credentials = envelope, credentials
         self.tls, self.tls_context = tls, tls_context
-        self.screen = screen
+        self.trace = trace
         self.tickets = tickets      # a TlsContexts, or None
         self.ticket = None          # the key of what it may keep for us
         self.message, self.timeout = message, control.timeoutremote
@@ -3539,7 +3539,7 @@ class Session:
             report.recipients = report.recipients or self.reports
             report.tail = self.tail
             return report
-        except Lost as lost:
+        except ConnectionLost as lost:
             text = DIED_LATE if self.data_ended else DIED
             return self.ended(text % self.address, None, lost.note)
         except Exception:       # not foreseen; but was it delivered?
@@ -3582,8 +3582,8 @@ class Session:
     def quit(self, before=b''):
         """Said with the last words (before), never waited for."""
         if not self.said_quit:
-            self.tell(Screen.SENT, before + QUIT)
-            self.line.whisper(before + QUIT)
+            self.tell(Trace.SENT, before + QUIT)
+            self.line.send_best_effort(before + QUIT)
         self.said_quit = True
 
     def command(self, *words):
@@ -3594,14 +3594,14 @@ class Session:
     def reply(self):
         """The next Reply."""
         reply = self.line.reply(self.timeout)
-        self.tell(Screen.HEARD, reply.text)
+        self.tell(Trace.HEARD, reply.text)
         return reply
 
     def tell(self, mark, text):
-        """A part of the dialogue for the screen, without secrets."""
-        if self.screen.fd is not None:
-            hidden = self.hidden if mark == Screen.HEARD else self.hidden[:1]
-            self.screen.say(mark, mask(text.replace(b'\r', b''), *hidden))
+        """A part of the dialogue for the trace, without secrets."""
+        if self.trace.fd is not None:
+            hidden = self.hidden if mark == Trace.HEARD else self.hidden[:1]
+            self.trace.say(mark, mask(text.replace(b'\r', b''), *hidden))
 
     def launch(self, commands):
         """Sends commands in one flight.  Nothing may be waiting unread: it
@@ -3611,15 +3611,15 @@ class Session:
             if b'\r' in command or b'\n' in command or b'\0' in command:
                 raise Report(NO_RESOURCES)      # never: see Addresses
         if self.line.heard():
-            raise Lost(b'spoke out of turn' if self.line.input
+            raise ConnectionLost(b'spoke out of turn' if self.line.input
                        else b'connection closed')
         flight = memoryview(b'\r\n'.join(commands) + b'\r\n')
-        self.tell(Screen.SENT, b'\n'.join(commands))
+        self.tell(Trace.SENT, b'\n'.join(commands))
         try:
             for at in range(0, len(flight), SEND_PIECE):
                 self.line.send(flight[at:at + SEND_PIECE], self.timeout,
                                take_input=True)
-        except Lost:
+        except ConnectionLost:
             self.said_quit = True       # it would end half a command
             if not self.line.hold():
                 raise
@@ -3635,9 +3635,9 @@ class Session:
                 if b'PIPELINING' in self.offered else self.command(command)
 
     def expect(self, reply):
-        """Raises Lost if the reply is neither 2xx nor a refusal."""
+        """Raises ConnectionLost if the reply is neither 2xx nor a refusal."""
         if reply.kind() == 3:
-            raise Lost(b'out of step')
+            raise ConnectionLost(b'out of step')
         return reply
 
     # The steps
@@ -3674,7 +3674,7 @@ class Session:
             return
         try:
             reply = self.command(b'STARTTLS')
-        except Lost as lost:
+        except ConnectionLost as lost:
             raise TlsFailed(b'no answer to STARTTLS: ' + lost.note)
         if reply.code != 220:
             self.quit()
@@ -3684,7 +3684,7 @@ class Session:
         self.offered = {}
         try:
             self.hello()
-        except Lost as lost:    # in TLS 1.3 our certificate is judged so late
+        except ConnectionLost as lost:    # in TLS 1.3 our certificate is judged so late
             raise TlsFailed(lost.note)
 
     def context(self):
@@ -3713,10 +3713,10 @@ class Session:
             self.ticket = context, self.address, self.server.port, name
             ticket = self.tickets.tickets.get(self.ticket)
         self.line.start_tls(context, name, min(self.timeout, TLS_HANDSHAKE),
-                            self.judge, ticket)
+                            self.verify_peer, ticket)
         self.tls_failure = b''
 
-    def judge(self, layer):
+    def verify_peer(self, layer):
         """The check of the certificate, as far as OpenSSL leaves it to us,
         and the words for the report.  Raises TlsFailed."""
         connection, check = layer.connection, self.tls.check
@@ -3737,7 +3737,7 @@ class Session:
         if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
         self.tail = layer.facts() + b', ' + checked + b'\n'
-        self.screen.say(Screen.REMARK, b'TLS: ' + self.tail)
+        self.trace.say(Trace.REMARK, b'TLS: ' + self.tail)
 
     def transaction(self):
         """MAIL, RCPT, DATA, and the message.  Returns the Report, or raises
@@ -3765,7 +3765,7 @@ class Session:
         sender, parameters = self.envelope.sender, b''
         size, eight_bit = None, False
         if b'SIZE' in self.offered or b'8BITMIME' in self.offered:
-            size, eight_bit = self.message.survey()
+            size, eight_bit = self.message.scan()
         if size is not None and b'SIZE' in self.offered:
             parameters += b' SIZE=%d' % size
         if eight_bit and b'8BITMIME' in self.offered:
@@ -3826,7 +3826,7 @@ class Session:
         try:
             if b'PIPELINING' in self.offered and next(replies).code == 354:
                 before = END_OF_DATA
-        except Lost:
+        except ConnectionLost:
             pass
         self.quit(before)
         text = GIVING_UP % self.address
@@ -3837,7 +3837,7 @@ class Session:
     def transfer(self):
         """The message, the final dot, the verdict."""
         last = b''
-        self.screen.transfer()
+        self.trace.transfer()
         if self.tls_failure:
             self.tail = TLS_IN_THE_CLEAR % self.tls_failure
         try:
@@ -3845,17 +3845,17 @@ class Session:
                 self.send_part(last)
                 last = block
             self.send_part(last + END_OF_DATA, True)
-        except Lost as lost:
-            reply = self.line.last_words()
+        except ConnectionLost as lost:
+            reply = self.line.salvage_reply()
             if reply is None or reply.kind() < 4:
                 raise lost
-            self.tell(Screen.HEARD, reply.text)
+            self.tell(Trace.HEARD, reply.text)
             return self.early(reply)
         except EarlyReply as early:
             return self.early(early.reply)
-        self.tell(Screen.REMARK, b'message: %d bytes' %
+        self.tell(Trace.REMARK, b'message: %d bytes' %
                   (self.sent - len(END_OF_DATA)))
-        self.tell(Screen.SENT, END_OF_DATA)
+        self.tell(Trace.SENT, END_OF_DATA)
         return self.verdict()
 
     def verdict(self):
@@ -3867,7 +3867,7 @@ class Session:
                        self.reports, self.tail)
         reply = self.line.reply(self.timeout, True)
         if 300 <= reply.code < 400:
-            raise Lost(b'out of step')
+            raise ConnectionLost(b'out of step')
         self.final = taken if reply.code < 300 else later
         self.data_ended = False
         if reply.code < 300:
@@ -3875,7 +3875,7 @@ class Session:
         else:
             self.final = self.ended(self.softened(
                 MESSAGE_FAILED % self.address, reply), reply, b'')
-        self.tell(Screen.HEARD, reply.text)
+        self.tell(Trace.HEARD, reply.text)
         self.quit()
         return self.final
 
@@ -3890,13 +3890,13 @@ class Session:
                 raise EarlyReply(self.reply())
             self.data_ended = is_last and at + len(piece) == len(view)
             self.sent += len(piece)
-            self.screen.progress(self.sent, (self.message.noted or
+            self.trace.progress(self.sent, (self.message.scan_result or
                                              (self.message.size,))[0])
 
     def early(self, reply):
         """A refusal in mid-message.  No QUIT: it would be message text."""
         if reply.kind() < 4:
-            raise Lost(b'spoke out of turn')
+            raise ConnectionLost(b'spoke out of turn')
         return self.ended(self.softened(MESSAGE_FAILED % self.address, reply),
                           reply, b'')
 
@@ -3946,7 +3946,7 @@ class Session:
         AuthRejected."""
         self.launch([b''.join(words)])
         reply = self.line.reply(self.timeout)
-        self.tell(Screen.HEARD, self.masked(reply).text)
+        self.tell(Trace.HEARD, self.masked(reply).text)
         if reply.code not in want:
             raise AuthRejected(what, self.masked(reply))
         return reply
@@ -4023,18 +4023,18 @@ class Session:
 # One message, from its arguments to its Report; the loop over servers decides
 # between "next" and "report", and nobody else does.
 
-class World(Value):
+class Context(Record):
     """What a delivery needs from outside: resolver (ask()), own (whether an
     address is this host's), tcpto, connect (address, port, seconds -> a
     socket), line (socket -> a Line), message (check(), blocks()),
     tls_control (name -> a TlsControl), tls_context (TlsPolicy, TlsControl
-    -> an SSLContext), tickets (a TlsContexts, or None) and screen."""
+    -> an SSLContext), tickets (a TlsContexts, or None) and trace."""
     __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message',
-                 'tls_control', 'tls_context', 'tickets', 'screen')
+                 'tls_control', 'tls_context', 'tickets', 'trace')
 
 
-def real_world(control, message, screen=NOBODY, contexts=None, first=None):
-    """The World of a process.  If it is to make more than one delivery,
+def make_context(control, message, trace=NO_TRACE, contexts=None, first=None):
+    """The Context of a process.  If it is to make more than one delivery,
     contexts are TlsContexts, and first is the NameServer to ask first."""
     try:
         resolv_conf = read_file(b'/etc/resolv.conf', CONTROL_MAX)
@@ -4046,16 +4046,16 @@ def real_world(control, message, screen=NOBODY, contexts=None, first=None):
     def connect_from(address, port, seconds):
         return connect(address, port, seconds,
                        control.outgoingip.get(family_of(address)))
-    return World(
-        Resolver(config, wait, time.monotonic, screen, first),
+    return Context(
+        Resolver(config, wait, time.monotonic, trace, first),
         OwnAddresses(control.moreipme, control.notipme, is_local),
         TcpTo(b'queue/lock/tcpto', time.time, os.getpid(), wait),
         connect_from,
-        Line, message, read_tls_control, contexts or tls_context, contexts,
-        screen)
+        Connection, message, read_tls_control, contexts or tls_context, contexts,
+        trace)
 
 
-def deliver(host, sender, recipients, control, world):
+def deliver(host, sender, recipients, control, context):
     """Delivers one message; returns or raises the Report.  host, sender and
     recipients are bytes as given."""
     envelope = Envelope(envelope_address(sender),
@@ -4066,21 +4066,21 @@ def deliver(host, sender, recipients, control, world):
     if not any(envelope.recipients):
         raise Report(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
     route = choose_route(host, sender, control)
-    world.screen.say(Screen.REMARK, route_words(host, sender, route, control))
+    context.trace.say(Trace.REMARK, route_summary(host, sender, route, control))
 
     def find(hurry=False):
-        return find_servers(host, route, world.resolver, world.own, hurry)
+        return find_servers(host, route, context.resolver, context.own, hurry)
     servers, late = find(hurry=True)
     if late:
         servers = late_ones(servers, find)
-    world.message.check()
+    context.message.check()
     report = try_servers(servers, lambda server: try_server(
-        server, route, envelope, control, world), world.screen)
+        server, route, envelope, control, context), context.trace)
     report.begun = envelope.told
     return report
 
 
-def try_servers(servers, attempt, screen=NOBODY):
+def try_servers(servers, attempt, trace=NO_TRACE):
     """The Report of the first server that attempt() gets one from; if none
     is left, the refusal of the most preferred one that answered.  That is
     permanent if each one that was reached refused the sender for good, and
@@ -4094,7 +4094,7 @@ def try_servers(servers, attempt, screen=NOBODY):
             failures.append(failure)
             note = server.address + b': ' + failure.note
             trail += note + b'\n'
-            screen.say(Screen.REMARK, note)
+            trace.say(Trace.REMARK, note)
     if report is None:
         refusals = [failure for failure in failures if failure.answered] + \
             [failure for failure in failures if failure.report]
@@ -4110,10 +4110,10 @@ def try_servers(servers, attempt, screen=NOBODY):
     return report
 
 
-def try_server(server, route, envelope, control, world):
+def try_server(server, route, envelope, control, context):
     """One server's Report; raises NextServer."""
     password = route.credentials is not None
-    tls_control = world.tls_control(server.name)
+    tls_control = context.tls_control(server.name)
     if server.tlsa is None and tls_control.pem is None and \
             not tls_control.never:
         raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed',
@@ -4127,24 +4127,24 @@ def try_server(server, route, envelope, control, world):
         """The Report of one connection; raises NextServer and TlsFailed.
         before: the TlsFailed of the connection before it."""
         try:
-            line = open_line(server, control, world)
+            line = open_line(server, control, context)
         except NextServer as unreached:
             unreached.reached = before is not None
             raise
         try:
             return Session(
                 line, server, control, envelope, route.credentials,
-                world.message, policy,
-                lambda policy: world.tls_context(policy, tls_control, tls12),
-                world.screen, world.tickets, route.lacking,
+                context.message, policy,
+                lambda policy: context.tls_context(policy, tls_control, tls12),
+                context.trace, context.tickets, route.lacking,
                 before.reason if before else b'').run()
         except TlsFailed as failed:
-            world.screen.say(Screen.REMARK, b'TLS failed: ' + failed.reason)
-            if failed.silent and world.tickets is not None:
-                world.tickets.hung(server.address)
+            context.trace.say(Trace.REMARK, b'TLS failed: ' + failed.reason)
+            if failed.silent and context.tickets is not None:
+                context.tickets.hung(server.address)
             raise
     try:
-        return try_connections(server, tls, password, attempt, world.tickets)
+        return try_connections(server, tls, password, attempt, context.tickets)
     except TlsFailed as failed:
         raise NextServer(
             TLS_FAILED % (server.address, failed.reason) +
@@ -4179,24 +4179,24 @@ def try_connections(server, tls, password, attempt, contexts):
         raise failure if last.check == TlsPolicy.PINNED else failed
 
 
-def open_line(server, control, world):
+def open_line(server, control, context):
     """A Line to the server; raises NextServer."""
     address = server.address
-    world.screen.say(Screen.REMARK, b'server: %s, port %d (%s)' % (
+    context.trace.say(Trace.REMARK, b'server: %s, port %d (%s)' % (
         address, server.port, server.name))
-    if world.tcpto.skip(address):
+    if context.tcpto.skip(address):
         raise NextServer(None, b'timed out before, not tried (qmail-tcpto)',
                          reached=False)
     try:
-        sock = world.connect(address, server.port, control.timeoutconnect)
+        sock = context.connect(address, server.port, control.timeoutconnect)
     except TimedOut:
-        world.tcpto.timed_out(address)
+        context.tcpto.timed_out(address)
         raise NextServer(None, b'connection timed out', reached=False)
     except OSError as error:
-        world.tcpto.answered(address)
-        raise NextServer(None, reason(error), reached=False)
-    world.tcpto.answered(address)
-    return world.line(sock)
+        context.tcpto.answered(address)
+        raise NextServer(None, error_words(error), reached=False)
+    context.tcpto.answered(address)
+    return context.line(sock)
 
 
 # ----------------------------------------------------------------- 16. Spawner
@@ -4204,7 +4204,7 @@ def open_line(server, control, world):
 # forked from it that deliver.  The parent waits for all of them at once, and
 # for nothing else: no DNS, no SMTP, no TLS, no message.
 
-class Command(Value):
+class Command(Record):
     """One delivery that qmail-send wants: its number (an int), the message's
     name in queue/mess, sender and recipient (bytes); too_long: there was
     more of them than SPAWN_FIELD_MAX."""
@@ -4324,7 +4324,7 @@ def unframe(data, most):
     return bytes(data[4:]).split(b'\0') if len(data) == 4 + size else None
 
 
-class Setting(Value):
+class WorkerConfig(Record):
     """What workers are born with.  control: a Control, or why there is none
     (bytes); contexts: TlsContexts; signature: of the files behind them, or
     None; name_server: the one that last answered this worker, or None."""
@@ -4344,8 +4344,8 @@ def load_modules():
             pass                # no MD5, no ssl: see there
 
 
-def read_setting(store):
-    """The Setting of this moment; store as trust_store() gives it.  One
+def read_worker_config(store):
+    """The WorkerConfig of this moment; store as trust_store() gives it.  One
     without a Control lasts for one delivery: what kept us from reading may
     be no fault of the files."""
     signature, contexts = control_signature(store), TlsContexts()
@@ -4353,33 +4353,33 @@ def read_setting(store):
         control = read_control()
         read_concurrency()      # told long ago, but it must make sense
     except Report as report:
-        return Setting(report.text, contexts, None, None)
+        return WorkerConfig(report.text, contexts, None, None)
     try:
         files = read_tls_defaults()
         for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
             contexts(TlsPolicy(True, False, check, None), files)
     except (ImportError, Report):
         pass                    # each delivery will see what becomes of it
-    return Setting(control, contexts, signature, None)
+    return WorkerConfig(control, contexts, signature, None)
 
 
-def deliver_job(job, owner, setting):
+def deliver_job(job, owner, config):
     """One delivery of a worker: [messid, sender, host, recipients...] to
     its verdicts()."""
     messid, sender, host = job[:3]
-    recipients, control, report = job[3:], setting.control, None
+    recipients, control, report = job[3:], config.control, None
     try:
         fd = open_message(messid, owner)
         try:
             if isinstance(control, bytes):
                 raise Report(control)
             message = Message(fd, False, control.timeoutremote)
-            world = real_world(control, message, contexts=setting.contexts,
-                               first=setting.name_server)
+            context = make_context(control, message, contexts=config.contexts,
+                               first=config.name_server)
             try:
-                report = deliver(host, sender, recipients, control, world)
+                report = deliver(host, sender, recipients, control, context)
             finally:
-                setting.name_server = world.resolver.preferred()
+                config.name_server = context.resolver.preferred()
         finally:
             os.close(fd)
     except Report as raised:
@@ -4394,7 +4394,7 @@ def deliver_job(job, owner, setting):
         return verdicts(brief(report), len(recipients))
 
 
-def work(sock, owner, setting):
+def work(sock, owner, config):
     """A worker's life: a job in, an answer out, until the parent closes its
     end."""
     while True:
@@ -4406,18 +4406,18 @@ def work(sock, owner, setting):
                 return
             data += block
             job = unframe(data, 1 << 32)
-        sock.sendall(frame(deliver_job(job, owner, setting)))
+        sock.sendall(frame(deliver_job(job, owner, config)))
 
 
 class Worker:
     """A process as the parent sees it.  group: the Commands that it is at;
     unsent: of their job; answer: what has come of it; jobs: how many it has
     had; since: when it became idle."""
-    __slots__ = ('pid', 'sock', 'setting', 'group', 'unsent', 'answer',
+    __slots__ = ('pid', 'sock', 'config', 'group', 'unsent', 'answer',
                  'jobs', 'since')
 
-    def __init__(self, pid, sock, setting):
-        self.pid, self.sock, self.setting = pid, sock, setting
+    def __init__(self, pid, sock, config):
+        self.pid, self.sock, self.config = pid, sock, config
         self.group, self.unsent, self.answer = [], b'', bytearray()
         self.jobs, self.since = 0, 0
 
@@ -4431,20 +4431,20 @@ class Spawner:
         self.limit, self.owner = limit, owner
         self.wait, self.clock = wait, clock
         self.reader, self.ended = CommandReader(), False
-        self.output, self.deaf = bytearray((limit,)), False
+        self.output, self.output_closed = bytearray((limit,)), False
         self.busy = set()       # delivery numbers
-        self.gathering = {}     # key: (when it is due, Commands)
-        self.due = []           # groups of Commands that no worker has yet
+        self.open_batches = {}     # key: (when it is due, Commands)
+        self.ready_batches = []           # groups of Commands that no worker has yet
         self.fork_at = 0        # no new worker before
         self.workers = {}       # descriptor: Worker
         self.idle = []          # Workers, the one that came last at the end
-        self.dead = []          # process ids that nobody has waited for
-        self.setting, self.store = None, trust_store()
+        self.unreaped = []          # process ids that nobody has waited for
+        self.config, self.store = None, trust_store()
 
     def run(self):
         """Until qmail-send has said its last, and every delivery is
         reported."""
-        self.renew()
+        self.reload_config()
         while not self.ended or self.busy or self.output:
             self.turn()
 
@@ -4477,25 +4477,25 @@ class Spawner:
 
     def deadline(self):
         """When there is something to do though nothing happens."""
-        times = [due for due, _ in self.gathering.values()]
-        if self.due:
+        times = [due for due, _ in self.open_batches.values()]
+        if self.ready_batches:
             times.append(self.fork_at)
         if self.idle:
             times.append(self.idle[0].since + WORKER_IDLE)
-        if self.dead:
+        if self.unreaped:
             times.append(self.clock() + 1)
         return min(times, default=float('inf'))
 
     def look_at_the_clock(self):
         now = self.clock()
-        for key, (due, _) in list(self.gathering.items()):
+        for key, (due, _) in list(self.open_batches.items()):
             if due <= now or self.ended:
-                self.due.append(self.gathering.pop(key)[1])
-        if self.due:
+                self.ready_batches.append(self.open_batches.pop(key)[1])
+        if self.ready_batches:
             self.dispatch()
         while self.idle and self.idle[0].since + WORKER_IDLE <= now:
-            self.retire(self.idle.pop(0))
-        self.dead = [pid for pid in self.dead if not reaped(pid)]
+            self.close_worker(self.idle.pop(0))
+        self.unreaped = [pid for pid in self.unreaped if not reaped(pid)]
 
     # qmail-send
 
@@ -4513,27 +4513,27 @@ class Spawner:
                 self.tell(command.delnum, text)
                 continue
             self.busy.add(command.delnum)
-            self.gather(command)
+            self.add_to_batch(command)
 
-    def gather(self, command):
+    def add_to_batch(self, command):
         """Holds it back for others like it.  qmail-send goes through one
         message after the other, so the next one ends the wait.  Whether an
         address is ASCII matters: it decides what MAIL asks for, and whether a
         server without SMTPUTF8 is left for another one."""
-        for key in list(self.gathering):
+        for key in list(self.open_batches):
             if key[0] != command.messid:
-                self.due.append(self.gathering.pop(key)[1])
+                self.ready_batches.append(self.open_batches.pop(key)[1])
         key = command.messid, command.sender, command.host().lower(), \
             non_ascii(command.recipient)
-        due, group = self.gathering.setdefault(
+        due, group = self.open_batches.setdefault(
             key, (self.clock() + SPAWN_GATHER, []))
         group.append(command)
-        control = self.setting.control
+        control = self.config.control
         if isinstance(control, bytes) or len(group) >= control.batch:
-            self.due.append(self.gathering.pop(key)[1])
+            self.ready_batches.append(self.open_batches.pop(key)[1])
 
     def tell(self, delnum, text):
-        if not self.deaf:
+        if not self.output_closed:
             self.output += bytes((delnum,)) + text + b'\0'
 
     def done(self, command, text):
@@ -4548,22 +4548,22 @@ class Spawner:
         except BlockingIOError:
             pass
         except OSError:         # qmail-send is gone
-            self.output, self.deaf = bytearray(), True
+            self.output, self.output_closed = bytearray(), True
 
     # Workers
 
-    def renew(self):
-        """A new Setting if a file behind it has changed.  Who has the old
+    def reload_config(self):
+        """A new WorkerConfig if a file behind it has changed.  Who has the old
         one gets no more work."""
-        if self.setting and \
-                self.setting.signature == control_signature(self.store):
+        if self.config and \
+                self.config.signature == control_signature(self.store):
             return
         try:
-            self.setting = read_setting(self.store)
+            self.config = read_worker_config(self.store)
         except Exception:       # no memory, no descriptor: for now
-            self.setting = Setting(NO_RESOURCES, TlsContexts(), None, None)
+            self.config = WorkerConfig(NO_RESOURCES, TlsContexts(), None, None)
         while self.idle:
-            self.retire(self.idle.pop())
+            self.close_worker(self.idle.pop())
         import gc
         gc.collect()
         getattr(gc, 'freeze', int)()    # workers share the pages for longer
@@ -4572,15 +4572,15 @@ class Spawner:
         """Gives the groups that are due to workers: to idle ones, or, if
         none has come free for a while, to one new one.  Where that cannot
         be, they wait for those that are busy."""
-        self.renew()
-        while self.due and (self.idle or self.fork_at <= self.clock()):
+        self.reload_config()
+        while self.ready_batches and (self.idle or self.fork_at <= self.clock()):
             trouble = None if self.idle else self.start()
             self.fork_at = self.clock() + SPAWN_PACE
             if trouble and any(worker.group for worker
                                in self.workers.values()):
                 self.fork_at = self.clock() + SPAWN_RETRY
                 return
-            group = self.due.pop(0)
+            group = self.ready_batches.pop(0)
             if trouble:
                 for command in group:
                     self.done(command, trouble)
@@ -4620,7 +4620,7 @@ class Spawner:
             self.be_worker(far, parent)
         far.close()
         near.setblocking(False)
-        worker = Worker(pid, near, self.setting)
+        worker = Worker(pid, near, self.config)
         self.workers[near.fileno()] = worker
         self.idle.append(worker)
         return None
@@ -4637,7 +4637,7 @@ class Spawner:
             os.dup2(null, 0)
             os.dup2(null, 1)
             os.close(null)
-            work(sock, self.owner, self.setting)
+            work(sock, self.owner, self.config)
             status = 0
         finally:
             os._exit(status)
@@ -4655,17 +4655,17 @@ class Spawner:
         try:
             texts = unframe(worker.answer, SPAWN_ANSWER_MAX)
             if not data or not group or \
-                    texts is not None and not sound(texts, group):
+                    texts is not None and not is_valid_answer(texts, group):
                 raise Malformed('answer')
         except Malformed:
-            self.bury(worker)
+            self.kill_worker(worker)
             return
         if texts is None:
             return
         worker.group, worker.answer = [], bytearray()
         if worker.jobs >= WORKER_GROUPS or \
-                worker.setting is not self.setting:
-            self.retire(worker)
+                worker.config is not self.config:
+            self.close_worker(worker)
         else:
             worker.since = self.clock()
             self.idle.append(worker)
@@ -4673,9 +4673,9 @@ class Spawner:
             if text:
                 self.done(command, text)
             else:
-                self.due.append([command])
+                self.ready_batches.append([command])
 
-    def bury(self, worker):
+    def kill_worker(self, worker):
         """A worker that has died or lost its wits, and its deliveries.  Its
         process id is still its own: nobody has waited for it."""
         import _signal
@@ -4685,18 +4685,18 @@ class Spawner:
             pass
         if worker in self.idle:
             self.idle.remove(worker)
-        self.retire(worker)
+        self.close_worker(worker)
         for command in worker.group:
             self.done(command, SPAWN_CRASHED)
 
-    def retire(self, worker):
+    def close_worker(self, worker):
         """Lets it go; it ends when its line does."""
         del self.workers[worker.sock.fileno()]
         worker.sock.close()
-        self.dead.append(worker.pid)
+        self.unreaped.append(worker.pid)
 
 
-def sound(texts, group):
+def is_valid_answer(texts, group):
     """Whether an answer can be one: a report for each delivery of the group,
     or nothing for one that can go again, alone."""
     return len(texts) == len(group) and all(
@@ -4752,19 +4752,19 @@ def run(argv):
         enter_home()
     except OSError:
         return Report(NO_HOME)
-    control, screen = read_control(), NOBODY
+    control, trace = read_control(), NO_TRACE
     if os.isatty(2):
-        screen = Screen(2, wait)
-        screen.colour()
+        trace = Trace(2, wait)
+        trace.colour()
     message = Message(0, 0 in closed, control.timeoutremote)
     return deliver(arguments[0], arguments[1], arguments[2:], control,
-                   real_world(control, message, screen))
+                   make_context(control, message, trace))
 
 
 def spawn():
     """The run under the name qmail-rspawn; returns the exit status."""
     import _signal              # the C half of signal, as with os
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # see bury()
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # see kill_worker()
     fill_descriptors()
     try:
         enter_home()
@@ -4776,7 +4776,7 @@ def spawn():
     TcpTo(b'queue/lock/tcpto', time.time, 0, wait).clear()
     try:
         limit = read_concurrency()
-    except Report:              # read_setting() defers until it can be read
+    except Report:              # read_worker_config() defers until it can be read
         limit = SPAWN_LIMIT
     Spawner(limit, owner).run()
     return 0

@@ -1228,7 +1228,7 @@ class Tables(unittest.TestCase):
                 got = function(*args)
             except qr.Report as report:
                 got = report.text
-            except (qr.Invalid, qr.Malformed, qr.Lost, qr.TimedOut, OSError,
+            except (qr.Invalid, qr.Malformed, qr.ConnectionLost, qr.TimedOut, OSError,
                     ValueError) as error:
                 got = type(error)
                 if want is OSError and issubclass(got, OSError):
@@ -1283,11 +1283,11 @@ def control_files(**fields):
     return value_of(qr.Control, **default)
 
 
-def world_of(**fields):
-    """A World without what is not named, and with nobody looking on."""
-    default = dict(screen=qr.NOBODY, tls_context=qr.tls_context)
+def context_of(**fields):
+    """A Context without what is not named, and with nobody looking on."""
+    default = dict(trace=qr.NO_TRACE, tls_context=qr.tls_context)
     default.update(fields)
-    return value_of(qr.World, **default)
+    return value_of(qr.Context, **default)
 
 
 # Control files
@@ -2549,7 +2549,7 @@ class NameServers(Tables):
 
 
 class SideBySide(Tables):
-    """side_by_side() with sockets that are ready at a moment of virtual
+    """run_concurrently() with sockets that are ready at a moment of virtual
     time: a "socket" here is that moment."""
 
     def setUp(self):
@@ -2581,7 +2581,7 @@ class SideBySide(Tables):
         return name, story, self.clock.now
 
     def run_jobs(self, *jobs):
-        return qr.side_by_side(list(jobs), self.wait, self.clock)
+        return qr.run_concurrently(list(jobs), self.wait, self.clock)
 
     def test_results(self):
         for title, jobs, want, end in (
@@ -2640,7 +2640,7 @@ class SideBySide(Tables):
                 ((50, 1, 1), [50, 1, 1], 50)):
             with self.subTest(places):
                 self.clock.now, closed, asked[:] = 0, [], []
-                self.check(want, qr.side_by_side, [
+                self.check(want, qr.run_concurrently, [
                     job(place, closed) for place in places], self.wait,
                     self.clock, first_two)
                 self.assertEqual((end, sorted(places)),
@@ -3962,11 +3962,11 @@ class TimedOutServers(Tables):
                 (False, OSError(errno.ENETUNREACH, 'no'), ['answered'],
                  b'network is unreachable')):
             noted = Noted(skipped)
-            world = world_of(tcpto=noted, connect=connect,
+            context = context_of(tcpto=noted, connect=connect,
                              line=lambda sock: None)
             with self.subTest(repr((skipped, outcome))):
                 try:
-                    got = qr.open_line(server, control_files(), world)
+                    got = qr.open_line(server, control_files(), context)
                 except qr.NextServer as failure:
                     got = failure.note
                 self.assertEqual((note, calls), (got, noted.calls))
@@ -4004,7 +4004,7 @@ class LineTables(Tables):
     def scripted(self, received=(), sent=()):
         """A line on which everything can happen at any time; each wait
         takes a second."""
-        return qr.Line(Scripted(received, sent), self.clock.at_once,
+        return qr.Connection(Scripted(received, sent), self.clock.at_once,
                        self.clock)
 
     def pair(self):
@@ -4015,11 +4015,11 @@ class LineTables(Tables):
         left.setblocking(False)
         left.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         right.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        return qr.Line(left, self.clock.wait, self.clock), right
+        return qr.Connection(left, self.clock.wait, self.clock), right
 
     def lost(self, function, *args):
-        """The note of the Lost that must come."""
-        with self.assertRaises(qr.Lost) as caught:
+        """The note of the ConnectionLost that must come."""
+        with self.assertRaises(qr.ConnectionLost) as caught:
             function(*args)
         return caught.exception.note
 
@@ -4120,7 +4120,7 @@ class LineTables(Tables):
                 ([OSError(errno.ECONNRESET, '')], None)):
             line = self.scripted(received)
             line.wait = wait
-            self.check(want or qr.Lost, lambda: line.reply(7).code)
+            self.check(want or qr.ConnectionLost, lambda: line.reply(7).code)
 
     def test_reply_troubles(self):
         endless = [b'250-x\r\n'] * 10000
@@ -4164,7 +4164,7 @@ class LineTables(Tables):
                             (b'x\r\n250-' * 9000, b'a reply without end'),
                             (b'x' * 65536, b'a reply without end')):
             clock.now = 1000
-            line = qr.Line(Flood(block), clock.at_once, clock)
+            line = qr.Connection(Flood(block), clock.at_once, clock)
             line.input += b'250-'
             self.check(note, self.lost, line.reply, 70)
             self.assertLessEqual(clock.now, 1071)
@@ -4184,19 +4184,19 @@ class LineTables(Tables):
                 ('a flood', [b'250-x\r\n' * 1000] * 1000, None)):
             with self.subTest(title):
                 line = self.scripted(received)
-                reply = line.last_words()
+                reply = line.salvage_reply()
                 self.assertEqual(code, reply and reply.code)
                 self.assertEqual(1000, self.clock.now)
         self.assertIsNotNone(next(line.sock.received, None))
 
     def test_whisper(self):
         line, peer = self.pair()
-        line.whisper(b'QUIT\r\n')
+        line.send_best_effort(b'QUIT\r\n')
         self.assertEqual(b'QUIT\r\n', peer.recv(99))
-        line.whisper(bytes(10000000))
-        line.whisper(bytes(10000000))
+        line.send_best_effort(bytes(10000000))
+        line.send_best_effort(bytes(10000000))
         peer.close()
-        line.whisper(b'QUIT\r\n')
+        line.send_best_effort(b'QUIT\r\n')
         self.assertEqual(1000, self.clock.now)
         line.close()
         self.assertEqual(-1, line.sock.fileno())
@@ -4204,16 +4204,16 @@ class LineTables(Tables):
     def test_connect(self):
         for host in ['127.0.0.1'] + ['::1'] * HAS_IPV6:
             with FakeSMTP('S: 220 hello\nQ:', host) as server:
-                line = qr.Line(qr.connect(host.encode(), server.port, 5))
+                line = qr.Connection(qr.connect(host.encode(), server.port, 5))
                 self.assertEqual(220, line.reply(5).code)
                 line.close()
             self.check(ConnectionRefusedError, qr.connect, host.encode(),
                        server.port, 5)
 
     def test_reason(self):
-        self.check(b'connection refused', qr.reason,
+        self.check(b'connection refused', qr.error_words,
                    OSError(errno.ECONNREFUSED, ''))
-        self.check(b'input/output error', qr.reason, OSError('no number'))
+        self.check(b'input/output error', qr.error_words, OSError('no number'))
 
     def test_wait_at_the_deadline(self):
         """To the very moment, even if something is ready."""
@@ -4248,7 +4248,7 @@ class LineTables(Tables):
                 raise BlockingIOError()
         for seconds in 0, 1:
             clock.now = 1000
-            line = qr.Line(Flood(), clock.at_once, clock)
+            line = qr.Connection(Flood(), clock.at_once, clock)
             line.sock.seconds = seconds
             self.check(b'timed out', self.lost, line.send, b'QUIT', 7, False,
                        True)
@@ -4537,7 +4537,7 @@ class ReplyGrammar(Tables):
         for data, want in self.REPLIES:
             self.check(want, self.read, data)
         for data in self.REFUSED:
-            self.check(qr.Lost, self.read, data)
+            self.check(qr.ConnectionLost, self.read, data)
 
     def test_split_anywhere(self):
         """Pieces of any size make no difference."""
@@ -4548,7 +4548,7 @@ class ReplyGrammar(Tables):
                                           for at in range(len(data))])
         for data in self.REFUSED:
             for at in range(len(data) + 1):
-                self.check(qr.Lost, self.read, data[:at], data[at:])
+                self.check(qr.ConnectionLost, self.read, data[:at], data[at:])
 
     def test_every_code(self):
         """200 to 599, and no other."""
@@ -4557,7 +4557,7 @@ class ReplyGrammar(Tables):
                 data = form.replace(b'%03d', b'%03d' % code)
                 try:
                     got = self.read(data)[0]
-                except qr.Lost:
+                except qr.ConnectionLost:
                     got = None
                 if got != (code if 200 <= code < 600 else None):
                     self.fail('%r: %r' % (data, got))
@@ -4593,15 +4593,15 @@ class ReplyGrammar(Tables):
                 self.assertLessEqual(len(reader.reply().text),
                                      2 * qr.REPLY_KEPT)
             longer = data[:-1] + b'x\n'
-            self.check(qr.Lost, self.read, longer)
-            self.check(qr.Lost, self.read, *blocks[:-1] + [longer[-65537:]])
+            self.check(qr.ConnectionLost, self.read, longer)
+            self.check(qr.ConnectionLost, self.read, *blocks[:-1] + [longer[-65537:]])
 
     def test_memory(self):
         tracemalloc.start()
         try:
             for block in b'250-xxxx\r\n' * 5000, b'250' + b'x' * 65536:
                 reader = qr.ReplyReader(True)
-                with self.assertRaises(qr.Lost):
+                with self.assertRaises(qr.ConnectionLost):
                     while True:
                         reader.take(block if reader.size else b'250-a\n')
             most = tracemalloc.get_traced_memory()[1]
@@ -4968,9 +4968,9 @@ class Trying(Tables):
                         qr.Server(b'192.0.2.1', 26, b'h', [], None, []),
                         qr.Route(None, None, None),
                         value_of(qr.Envelope, sender=b'', recipients=[b'a']),
-                        control_files(), world_of(
+                        control_files(), context_of(
                             tcpto=TcpToNotes(skipped),
-                            connect=connect, line=qr.Line,
+                            connect=connect, line=qr.Connection,
                             tls_control=lambda name: qr.TlsControl(
                                 None, False, None, b'')))
                 self.assertEqual((note, heard, title == 'connected'),
@@ -4993,9 +4993,9 @@ class Trying(Tables):
                     qr.Server(b'192.0.2.1', 25, b'h', [], None, []),
                     qr.Route(None, None, None),
                     value_of(qr.Envelope, sender=b'', recipients=[b'a']),
-                    control_files(), world_of(
+                    control_files(), context_of(
                         tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                        connect=connect, line=qr.Line,
+                        connect=connect, line=qr.Connection,
                         tls_control=lambda name: qr.TlsControl(
                             None, False, None, b'')))
         self.assertEqual((2, True), (len(calls), caught.exception.reached))
@@ -5012,7 +5012,7 @@ class Trying(Tables):
         def deliver(host, sender, *recipients):
             return qr.output_of(qr.deliver(
                 host, sender, list(recipients), control_files(),
-                world_of(resolver=Zone({'h A': ['192.0.2.1']}),
+                context_of(resolver=Zone({'h A': ['192.0.2.1']}),
                          own=lambda address: False, tcpto=None,
                          connect=never, message=Partial())))
 
@@ -5644,14 +5644,14 @@ class ClearLayer:
         return b'TLSv1.3, clear'
 
 
-class FuzzLine(qr.Line):
+class FuzzLine(qr.Connection):
     """A Line whose handshake goes well, as chance has it."""
 
     def start_tls(self, context, name, seconds, judge, session=None):
         server = self.sock.server
         if server.chance.random() < .4 or server.read != server.read_tls or \
                 self.heard():
-            qr.Line.start_tls(self, context, name, seconds, judge, session)
+            qr.Connection.start_tls(self, context, name, seconds, judge, session)
             return
         self.tls = ClearLayer()
         judge(self.tls)
@@ -5899,7 +5899,7 @@ class FuzzCase(FuzzClock):
 
     def run(self):
         """The letter of the message report.  Raises Violation."""
-        world = world_of(
+        context = context_of(
             resolver=self, own=self.own, tcpto=self, connect=self.connect,
             line=self.line, message=self.reader,
             tls_control=self.tls_control, tls_context=self.tls_context)
@@ -5907,7 +5907,7 @@ class FuzzCase(FuzzClock):
         try:
             report = qr.deliver(self.host, self.sender[0],
                                 [given for given, _ in self.recipients],
-                                self.control, world)
+                                self.control, context)
         except qr.Report as raised:
             report = raised
         finally:
@@ -5915,10 +5915,10 @@ class FuzzCase(FuzzClock):
                 os.close(fd)
         self.output, self.report = qr.output_of(report), report
         self.taken = self.now - start
-        self.judge()
+        self.verify_peer()
         return self.text[:1].decode()
 
-    def judge(self):
+    def verify_peer(self):
         for server in self.servers:
             server.rest_is_fine()
             self.law(server.sock.closed, 'a socket is left open')
@@ -9044,16 +9044,16 @@ class Terminal(unittest.TestCase):
     def test_progress(self):
         """On one line, now and then, and only if it takes long."""
         clock, ours = VirtualClock(), os.pipe()
-        screen = qr.Screen(ours[1], lambda *_: None, clock)
-        screen.transfer()
+        trace = qr.Trace(ours[1], lambda *_: None, clock)
+        trace.transfer()
         for after, sent, size in (
                 (0.9, 10, 4000000),             # not long yet
                 (0.2, 1000000, 4000000), (0.1, 1100000, 4000000),
                 (0.2, 2000000, 4000000), (0.3, 3000000, None),
                 (0.3, 4100000, 4000000)):       # an estimate
             clock.now += after
-            screen.progress(sent, size)
-        screen.say(screen.SENT, b'.')
+            trace.progress(sent, size)
+        trace.say(trace.SENT, b'.')
         os.close(ours[1])
         with open(ours[0], 'rb') as pipe:
             lines = [line.rstrip() for line in pipe.read().split(b'\r')]
@@ -9070,11 +9070,11 @@ class Terminal(unittest.TestCase):
             raise qr.TimedOut()
         ours = os.pipe()
         for wait in (full, lambda *_: os.close(ours[1])):
-            screen = qr.Screen(ours[1], wait)
-            screen.say(screen.SENT, b'EHLO x')
-            self.assertIsNone(screen.fd)
-            screen.say(screen.SENT, b'more')
-            screen.progress(1, 2)
+            trace = qr.Trace(ours[1], wait)
+            trace.say(trace.SENT, b'EHLO x')
+            self.assertIsNone(trace.fd)
+            trace.say(trace.SENT, b'more')
+            trace.progress(1, 2)
         os.close(ours[0])
 
 
@@ -9852,7 +9852,7 @@ class SpawnTables(Tables):
         self.addCleanup(sys.setprofile, sys.getprofile())
         sys.setprofile(fail)
         self.check([qr.SPAWN_NO_OPEN], qr.deliver_job,
-                   [b'0/0', b's@x', b'x', b'r@x'], 0, value_of(qr.Setting))
+                   [b'0/0', b's@x', b'x', b'r@x'], 0, value_of(qr.WorkerConfig))
 
     def test_commands_in_any_pieces(self):
         raw = commands((0, b'a@b'), (255, b'', b'', b''), (120, b'c@d@e'))
@@ -9979,9 +9979,9 @@ class SpawnTables(Tables):
             envelope = qr.Envelope(SENDER.encode(),
                                    [RECIPIENTS[0].encode()], before)
             with FakeESMTP(script) as server, self.subTest(script):
-                world = world_of(
+                context = context_of(
                     tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                    line=qr.Line, message=None,
+                    line=qr.Connection, message=None,
                     tls_control=lambda name: qr.TlsControl(
                         None, False, None, b''),
                     connect=lambda address, port, seconds: qr.connect(
@@ -9990,7 +9990,7 @@ class SpawnTables(Tables):
                     qr.try_server(qr.Server(IP.encode(), 25, b'', [], None,
                                             []),
                                   qr.Route(None, None, None), envelope,
-                                  control_files(), world)
+                                  control_files(), context)
             self.assertEqual(after, envelope.told)
 
     def test_frames(self):
@@ -10010,24 +10010,24 @@ class SpawnTables(Tables):
                             ([b'Kx', b''], 2), ([b'', b''], 2), ([], 0),
                             ([b'K', b'x'], 0), ([b'K'] * 3, 3)):
             for count in 1, 2:
-                self.assertEqual(good == count, qr.sound(
+                self.assertEqual(good == count, qr.is_valid_answer(
                     texts, [None] * count), texts)
 
     def spawner(self, clock, **control):
         """A Spawner without workers."""
         spawner = qr.Spawner(20, os.getuid(), clock.wait, clock)
-        spawner.setting = qr.Setting(control_files(batch=50, **control),
+        spawner.config = qr.WorkerConfig(control_files(batch=50, **control),
                                      None, qr.control_signature(
                                          spawner.store), None)
         return spawner
 
-    def gather(self, spawner, *deliveries):
+    def add_to_batch(self, spawner, *deliveries):
         for command in qr.CommandReader().take(commands(*deliveries)):
-            spawner.gather(command)
+            spawner.add_to_batch(command)
 
     @staticmethod
     def sizes(spawner):
-        return [len(group) for group in spawner.due]
+        return [len(group) for group in spawner.ready_batches]
 
     def test_gathering(self):
         """Five milliseconds after the first, and not more; at once after
@@ -10036,19 +10036,19 @@ class SpawnTables(Tables):
         spawner = self.spawner(clock)
         self.assertEqual(float('inf'), spawner.deadline())
         start = clock.now
-        self.gather(spawner, (0, b'a@h'))
+        self.add_to_batch(spawner, (0, b'a@h'))
         self.assertEqual(start + .005, spawner.deadline())
         clock.now += .004
-        self.gather(spawner, (1, b'b@h'))
+        self.add_to_batch(spawner, (1, b'b@h'))
         self.assertEqual(start + .005, spawner.deadline())
         self.assertEqual([], self.sizes(spawner))
-        self.gather(spawner, (2, b'c@h', b's@x.example', b'0/18'))
+        self.add_to_batch(spawner, (2, b'c@h', b's@x.example', b'0/18'))
         self.assertEqual([2], self.sizes(spawner))
-        self.gather(spawner, *[(3, b'%d@h' % i, b's@x.example', b'0/18')
+        self.add_to_batch(spawner, *[(3, b'%d@h' % i, b's@x.example', b'0/18')
                                for i in range(60)])
         self.assertEqual([2, 50], self.sizes(spawner))
         self.assertEqual([11], [len(group) for _, group in
-                                spawner.gathering.values()])
+                                spawner.open_batches.values()])
 
     def test_who_goes_together(self):
         for other, together in (
@@ -10058,15 +10058,15 @@ class SpawnTables(Tables):
                 ((1, b'b@h', b's@x.example', b'0/18'), False),
                 ((1, b'\xc3\xa4@h'), False)):
             spawner = self.spawner(VirtualClock())
-            self.gather(spawner, (0, b'a@h'), other)
-            groups = spawner.due + [group for _, group in
-                                    spawner.gathering.values()]
+            self.add_to_batch(spawner, (0, b'a@h'), other)
+            groups = spawner.ready_batches + [group for _, group in
+                                    spawner.open_batches.values()]
             self.assertEqual(1 if together else 2, len(groups), other)
 
     def test_batch_off(self):
         spawner = self.spawner(VirtualClock())
-        spawner.setting.control.batch = 1
-        self.gather(spawner, (0, b'a@h'), (1, b'b@h'))
+        spawner.config.control.batch = 1
+        self.add_to_batch(spawner, (0, b'a@h'), (1, b'b@h'))
         self.assertEqual([1, 1], self.sizes(spawner))
 
     def test_idle_workers_end(self):
@@ -10078,7 +10078,7 @@ class SpawnTables(Tables):
             self.addCleanup(far.close)
             child = subprocess.Popen(['true'])
             self.addCleanup(child.wait)
-            worker = qr.Worker(child.pid, near, spawner.setting)
+            worker = qr.Worker(child.pid, near, spawner.config)
             worker.since = clock.now + since
             spawner.workers[near.fileno()] = worker
             spawner.idle.append(worker)
@@ -10091,7 +10091,7 @@ class SpawnTables(Tables):
         spawner.look_at_the_clock()
         self.assertEqual(1, len(spawner.idle))
         self.assertEqual(b'', ends[0].recv(1))
-        spawner.retire(spawner.idle.pop())
+        spawner.close_worker(spawner.idle.pop())
         self.assertEqual({}, spawner.workers)
 
     def test_nonsense_from_a_worker(self):
@@ -10104,7 +10104,7 @@ class SpawnTables(Tables):
                 near, far = socket.socketpair()
                 near.setblocking(False)
                 child = subprocess.Popen(['sleep', '60'])
-                worker = qr.Worker(child.pid, near, spawner.setting)
+                worker = qr.Worker(child.pid, near, spawner.config)
                 spawner.workers[near.fileno()] = worker
                 worker.group = qr.CommandReader().take(
                     commands((4, b'a@h'), (9, b'b@h')))
@@ -10125,7 +10125,7 @@ class SpawnTables(Tables):
         spawner = self.spawner(VirtualClock())
         near, far = socket.socketpair()
         child = subprocess.Popen(['sleep', '60'])
-        worker = qr.Worker(child.pid, near, spawner.setting)
+        worker = qr.Worker(child.pid, near, spawner.config)
         spawner.workers[near.fileno()] = worker
         spawner.idle.append(worker)
         far.sendall(b'\0')
@@ -10373,7 +10373,7 @@ class Spawn(unittest.TestCase):
         code = (
             'import sys\nsys.path.insert(0, %r)\nimport qmail_remote as qr\n'
             'qr.load_modules()\n'
-            'qr.read_setting(qr.trust_store())\n'
+            'qr.read_worker_config(qr.trust_store())\n'
             'before = set(sys.modules)\n'
             'plain = qr.TlsControl(None, False, None, b"")\n'
             'import ssl\n'
@@ -10400,7 +10400,7 @@ class Spawn(unittest.TestCase):
         """Whatever tlshosts and notlshosts hold."""
         for files in {}, {'tlshosts/x': b'', 'notlshosts/x': b''}:
             with Home(**files) as home, inside(home):
-                self.assertEqual(2, len(qr.read_setting([]).contexts.kept))
+                self.assertEqual(2, len(qr.read_worker_config([]).contexts.kept))
 
     def test_the_name_server_that_answered(self):
         """A worker asks it first, in all that it delivers."""
@@ -11491,8 +11491,8 @@ class Here:
                     HOST.encode(), SENDER.encode(),
                     [x.encode() for x in recipients],
                     control_files(smtproutes={b'': route}),
-                    world_of(own=lambda address: False, tcpto=self,
-                             connect=connect, line=qr.Line,
+                    context_of(own=lambda address: False, tcpto=self,
+                             connect=connect, line=qr.Connection,
                              message=qr.Message(body.fileno()),
                              tls_control=lambda name:
                              value_of(qr.TlsControl)))
@@ -12032,8 +12032,8 @@ class Survey(Tables):
                 (lines * 2999 + b'\xe4' * 9 + b'\n', 33000, True)):
             for kind in 'file', 'pipe':
                 message = self.opened(kind, data)
-                self.check((size, eight_bit), message.survey)
-                self.check((size, eight_bit), message.survey)   # once more
+                self.check((size, eight_bit), message.scan)
+                self.check((size, eight_bit), message.scan)   # once more
                 self.check(data, lambda: b''.join(message.blocks()))
 
     def test_survey_of_large_ones(self):
@@ -12043,10 +12043,10 @@ class Survey(Tables):
                                 (b'\xff' + lines * 100000, True)):
             size = len(data) + data.count(b'\n')
             message = self.opened('file', data)
-            self.check((size, eight_bit), message.survey)
+            self.check((size, eight_bit), message.scan)
             self.check(data, lambda: b''.join(message.blocks()))
             message = self.opened('pipe', data)
-            self.check((None, True), message.survey)
+            self.check((None, True), message.scan)
             self.check(data, lambda: b''.join(message.blocks()))
 
     def test_small(self):
@@ -12055,17 +12055,17 @@ class Survey(Tables):
                            (b'x' + most, None), (most * 20, None)):
             for kind in 'file', 'pipe':
                 message = self.opened(kind, data)
-                self.check(want, message.small)
-                self.check(want, message.small)
+                self.check(want, message.read_if_small)
+                self.check(want, message.read_if_small)
                 # Whatever was looked at still goes out, and once.
                 self.check(data, lambda: b''.join(message.blocks()))
 
     def test_small_without_final_newline(self):
         for data in b'a', b'a\nb', b'a\r', b'x' * (self.MOST - 1):
-            self.check(qr.PARTIAL_LINE, self.opened('pipe', data).small)
-            self.check(qr.PARTIAL_LINE, self.opened('pipe', data).survey)
+            self.check(qr.PARTIAL_LINE, self.opened('pipe', data).read_if_small)
+            self.check(qr.PARTIAL_LINE, self.opened('pipe', data).scan)
         message = self.opened('pipe', b'x' * self.MOST + b'y')
-        self.check(None, message.small)
+        self.check(None, message.read_if_small)
         self.check(qr.PARTIAL_LINE, lambda: b''.join(message.blocks()))
 
     def test_a_pipe_in_drips(self):
@@ -12079,7 +12079,7 @@ class Survey(Tables):
                 time.sleep(0.005)
             os.close(writer)
         threading.Thread(target=feed).start()
-        self.check(b'ab\nc\n', qr.Message(reader, seconds=7).small)
+        self.check(b'ab\nc\n', qr.Message(reader, seconds=7).read_if_small)
 
     def test_a_file_that_changes(self):
         """It shrinks or grows after check()."""
@@ -12090,7 +12090,7 @@ class Survey(Tables):
             message = qr.Message(f.fileno(), seconds=7)
             message.check()
             os.ftruncate(f.fileno(), 3)
-            self.check(qr.PARTIAL_LINE, message.small)
+            self.check(qr.PARTIAL_LINE, message.read_if_small)
         with tempfile.TemporaryFile() as f:
             f.write(b'a\n')
             f.flush()
@@ -12098,7 +12098,7 @@ class Survey(Tables):
             message = qr.Message(f.fileno(), seconds=7)
             message.check()
             os.pwrite(f.fileno(), b'b' * 40000 + b'\n', 2)
-            self.check(None, message.small)
+            self.check(None, message.read_if_small)
             self.check(40003, lambda: len(b''.join(message.blocks())))
 
     def test_is_ascii(self):
@@ -12116,7 +12116,7 @@ class Survey(Tables):
 
     def session(self, received, sent, message=None):
         """A Session on a line where these things happen in turn."""
-        line = qr.Line(ScriptedSocket(received, sent),
+        line = qr.Connection(ScriptedSocket(received, sent),
                        VirtualClock().at_once, VirtualClock())
         return qr.Session(
             line, value_of(qr.Server, address=b'127.0.0.2', port=25,
@@ -12139,7 +12139,7 @@ class Survey(Tables):
                     self.opened('file', b'a' * (size - 2) + b'\n'))
                 session.accepted = True
                 with self.subTest((size, missing)):
-                    self.assertRaises(qr.Lost, session.transfer)
+                    self.assertRaises(qr.ConnectionLost, session.transfer)
                     self.assertEqual(not missing, session.data_ended)
 
     def test_a_large_one(self):
@@ -12149,14 +12149,14 @@ class Survey(Tables):
         for data, want in (
                 (line * 327680, (5570560, False)),
                 (line * 327679 + b'\xe4' * 15 + b'\n', (5570560, True))):
-            self.check(want, self.opened('file', data).survey)
+            self.check(want, self.opened('file', data).scan)
 
     def test_a_file_that_cannot_be_read_any_more(self):
         message = self.opened('file', b'x\n' * self.MOST)
         null = os.open('/dev/null', os.O_WRONLY)
         os.dup2(null, message.fd)
         os.close(null)
-        self.check(qr.NO_MESSAGE, message.survey)
+        self.check(qr.NO_MESSAGE, message.scan)
 
     TALK = [b'220 fake\r\n', BlockingIOError(), b'250 fake\r\n',
             BlockingIOError(), b'250 ok\r\n', BlockingIOError(),
@@ -12255,7 +12255,7 @@ class LastReply(ScriptedSocket):
         return data
 
     def profile(self, frame, event, arg):
-        if event == 'return' and frame.f_code is qr.Line.reply.__code__:
+        if event == 'return' and frame.f_code is qr.Connection.reply.__code__:
             self.read = True
         elif event == 'return' and frame.f_code is qr.deliver.__code__:
             sys.setprofile(None)
@@ -12272,7 +12272,7 @@ class AfterTheVerdict(Tables):
     fails after it, wherever in the program."""
 
     ERRORS = [MemoryError, lambda: OSError(errno.EIO, 'no'), ValueError,
-              lambda: qr.Report(qr.KILLED), lambda: qr.Lost(b'lost'),
+              lambda: qr.Report(qr.KILLED), lambda: qr.ConnectionLost(b'lost'),
               qr.TimedOut, lambda: qr.TlsFailed(b'no TLS'),
               lambda: qr.NextServer(None, b'the next'), KeyboardInterrupt]
 
@@ -12297,11 +12297,11 @@ class AfterTheVerdict(Tables):
                          error)
         sockets, clock = [ScriptedSocket([b''], []), sock], VirtualClock()
         null = os.open(os.devnull, os.O_WRONLY)
-        world = world_of(
+        context = context_of(
             resolver=self.Resolver(), own=lambda address: False,
             tcpto=Here(), connect=lambda *_: sockets.pop(0),
-            line=lambda sock: qr.Line(sock, clock.at_once, clock),
-            message=self.message, screen=qr.Screen(null, clock.at_once,
+            line=lambda sock: qr.Connection(sock, clock.at_once, clock),
+            message=self.message, trace=qr.Trace(null, clock.at_once,
                                                    clock),
             tls_control=lambda name: value_of(qr.TlsControl))
         os.lseek(self.message.fd, 0, os.SEEK_SET)
@@ -12309,7 +12309,7 @@ class AfterTheVerdict(Tables):
             # A generator that cannot be closed says so on stderr.
             with contextlib.redirect_stderr(io.StringIO()):
                 return qr.deliver(b'there.example', b's@x', [b'r@x'],
-                                  control_files(), world), sock.failed
+                                  control_files(), context), sock.failed
         finally:
             sys.setprofile(None)
             os.close(null)
@@ -12802,13 +12802,13 @@ class TlsTables(Tables):
                 (None, False, b'TLSA lookup failed'),
                 (PEM_FILE, False, skipped), (None, True, skipped),
                 (PEM_FILE, True, skipped)):
-            world = world_of(
+            context = context_of(
                 tcpto=Skipping(), tls_control=lambda name:
                 qr.TlsControl(pem_data, never, None, b''))
             with self.assertRaises(qr.NextServer) as caught:
                 qr.try_server(qr.Server(b'127.0.0.2', 25, b'mx.example',
                                         None), qr.Route(None, None, None),
-                              None, control_files(), world)
+                              None, control_files(), context)
             self.assertEqual(note, caught.exception.note)
 
 
@@ -12874,7 +12874,7 @@ class TlsLines(unittest.TestCase):
 
     @staticmethod
     def line(sock, clock=lambda: 0):
-        line = qr.Line(sock, lambda reading, writing, deadline: None, clock)
+        line = qr.Connection(sock, lambda reading, writing, deadline: None, clock)
         line.tls = OddLayer()
         return line
 
@@ -12907,8 +12907,8 @@ class TlsLines(unittest.TestCase):
             return ticks[0]
         line = self.line(OddSocket([99] * 9, talk()), clock)
         self.assertFalse(line.heard())
-        self.assertIsNone(line.last_words())
-        self.assertRaises(qr.Lost, line.reply, 5)
+        self.assertIsNone(line.salvage_reply())
+        self.assertRaises(qr.ConnectionLost, line.reply, 5)
 
     def test_encrypt(self):
         """Not without a handshake; not after nonsense."""
@@ -12916,7 +12916,7 @@ class TlsLines(unittest.TestCase):
             IF_OFFERED, qr.TlsControl(None, False, None, b'')), None)
         self.assertFalse(layer.encrypt(b'x'))
         layer.incoming.write(b'nonsense')
-        self.assertRaises(qr.Lost, layer.encrypt, b'x')
+        self.assertRaises(qr.ConnectionLost, layer.encrypt, b'x')
 
     def test_new_keys_before_we_send(self):
         sock = OddSocket([99] * 9, [b'!250 '])
@@ -12930,14 +12930,14 @@ class TlsLines(unittest.TestCase):
                              b'connection reset by peer')):
             line = self.line(Scripted([event]))
             line.tls = BusyLayer()
-            with self.assertRaises(qr.Lost) as caught:
+            with self.assertRaises(qr.ConnectionLost) as caught:
                 line.send(b'a record', 5)
             self.assertEqual(note, caught.exception.note)
 
     def test_new_keys_without_end(self):
         self.assertFalse(self.line(OddSocket(
             [99] * 9, [b'!' * 2000, b'', b''])).heard())
-        self.assertRaises(qr.Lost, self.line(OddSocket(
+        self.assertRaises(qr.ConnectionLost, self.line(OddSocket(
             [99] * 9, [b'!' * 2100])).heard)
 
     def test_an_answer_that_cannot_leave(self):
@@ -12971,7 +12971,7 @@ class TlsLines(unittest.TestCase):
             sock = OddSocket(itertools.repeat(9999), itertools.repeat(b''))
             sock.close = lambda: None
             session = qr.Session(
-                qr.Line(sock, clock.at_once, clock),
+                qr.Connection(sock, clock.at_once, clock),
                 server_at(b'127.0.0.1', 465),
                 control_files(timeoutremote=timeout), None, None, None,
                 IF_OFFERED, lambda policy: qr.tls_context(
@@ -13084,7 +13084,7 @@ class TlsDamage(unittest.TestCase):
             if next(ticks) > 200:
                 raise qr.TimedOut()
         session = qr.Session(
-            qr.Line(server, wait, lambda: 0),
+            qr.Connection(server, wait, lambda: 0),
             qr.Server(b'127.0.0.1', 465, b'relay.example', [], None, []),
             control_files(), qr.Envelope(b'a@here.example', [b'b@x.example']),
             None, None, policy, lambda policy: qr.tls_context(
@@ -13120,7 +13120,7 @@ class TlsDamage(unittest.TestCase):
 
 # ------------------------------------------------------------ TLS: dialogues
 
-# Runs the program as a process, but in a world where every server listens on
+# Runs the program as a process, but in a context where every server listens on
 # the port in control/port: so that ports 465 and 25 need no privilege; and
 # where 192.0.2.x is 127.0.0.x, so that a server can be another host.
 ELSEWHERE = '''
@@ -13132,11 +13132,11 @@ with open('control/port') as f:
     port = int(f.read())
 try:
     control, words = qr.read_control(), [os.fsencode(x) for x in sys.argv[2:]]
-    world = qr.real_world(
+    context = qr.make_context(
         control, qr.Message(0, False, control.timeoutremote))
-    world.connect = lambda address, _, seconds: qr.connect(
+    context.connect = lambda address, _, seconds: qr.connect(
         address.replace(b'192.0.2.', b'127.0.0.'), port, seconds)
-    report = qr.deliver(words[0], words[1], words[2:], control, world)
+    report = qr.deliver(words[0], words[1], words[2:], control, context)
 except qr.Report as early:
     report = early
 qr.write_output(qr.output_of(report))
@@ -13931,9 +13931,9 @@ class Tickets(unittest.TestCase):
                 tempfile.TemporaryFile() as body:
             body.write(MESSAGE)
             body.flush()
-            world = world_of(
+            context = context_of(
                 tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                line=qr.Line, tls_context=contexts, tickets=contexts,
+                line=qr.Connection, tls_context=contexts, tickets=contexts,
                 tls_control=lambda name: qr.TlsControl(
                     trust, False, None, b''),
                 connect=lambda address, port, seconds: qr.connect(
@@ -13941,14 +13941,14 @@ class Tickets(unittest.TestCase):
             reports = []
             for turn in range(count):
                 os.lseek(body.fileno(), 0, os.SEEK_SET)
-                world.message = qr.Message(body.fileno())
+                context.message = qr.Message(body.fileno())
                 name = other if other and turn % 2 else IP.encode()
                 try:
                     report = qr.try_server(
                         qr.Server(IP.encode(), 25, name, [], None, []),
                         qr.Route(None, None, None), qr.Envelope(
                             SENDER.encode(), [RECIPIENTS[0].encode()]),
-                        control_files(), world)
+                        control_files(), context)
                     reports.append(report.text + report.tail)
                 except qr.NextServer as failure:
                     reports.append(failure.report)
@@ -14437,7 +14437,7 @@ class Dane(Dialogues):
 
 # Two mail servers and a resolver that others wrote.  The scripted peers
 # above show that the program does what we think is right; these show that
-# the world agrees.  REAL_PEERS=required, as .ci/run sets it, turns a peer
+# the context agrees.  REAL_PEERS=required, as .ci/run sets it, turns a peer
 # that is missing into a failure.
 
 USER = b'user'
@@ -16486,7 +16486,7 @@ class Bench:
             f.write(block * ((size - f.tell()) // len(block)))
         return path
 
-    def small(self, kilobyte):
+    def read_if_small(self, kilobyte):
         self.table('1 KB to a sink, %d rounds; ratios of the CPU to bare '
                    'Python and of the wall to ours' % ROUNDS,
                    ['CPU ms', 'wall ms', 'CPU ratio', 'wall ratio'])
@@ -16760,7 +16760,7 @@ def bench():
                     else 'a copy with bytecode' if it.installed
                     else 'no, that takes root'))
                 it.kilobyte = kilobyte
-                it.small(kilobyte)
+                it.read_if_small(kilobyte)
                 it.spawner()
                 it.far(kilobyte)
                 it.large()
