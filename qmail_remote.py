@@ -645,39 +645,58 @@ SPAWN_CRASHED = b'Zqmail-remote crashed.\n'
 SPAWN_SILENT = b'Zqmail-remote produced no output.\n'
 
 
-class Report(Exception):
-    """Ends the run.  text is the message report, its letter first, tail a
-    last line for it; recipients are the recipient reports before it.
-    Bytes, without NULs.  begun: a server has been told the recipients."""
+class Result:
+    """How a delivery, or the try of one server, has ended (bytes, no NULs).
 
-    def __init__(self, text, recipients=(), tail=b'', begun=False):
-        Exception.__init__(self, text)
-        self.text, self.recipients = text, list(recipients)
-        self.tail, self.begun = tail, begun
+    report       the message report; its first letter is K, Z or D.  Empty
+                 if there is nothing to say but that there was no connection
+    recipients   the recipient reports, in the order of the arguments
+    try_next     nothing was decided: another server may do better
+    reached      there was a connection
+    answered     it was the server that said no
+    diagnostic   what went wrong in a few words, for the attempt log
+    tls_summary  the last line of the message report, about TLS, or empty
+    rcpt_sent    a server may have heard of the recipients
+    tls_failed   the TlsFailed that ended the connection, or None"""
+    __slots__ = ('report', 'recipients', 'try_next', 'reached', 'answered',
+                 'diagnostic', 'tls_summary', 'rcpt_sent', 'tls_failed')
+
+    def __init__(self, report, recipients=(), try_next=False, reached=True,
+                 answered=False, diagnostic=b'', tls_summary=b''):
+        self.report, self.recipients = report, list(recipients)
+        self.try_next, self.reached = try_next, reached
+        self.answered, self.rcpt_sent = answered, False
+        self.diagnostic, self.tls_summary = diagnostic, tls_summary
+        self.tls_failed = None
 
 
-class NextServer(Exception):
-    """This server cannot have the message; the next one may.
+class LocalFault(Exception):
+    """A fault of this host, or of the message that it was given: no server
+    is to blame, and none is asked.  report: the message report (bytes)."""
 
-    report is what to say if there is none, or None, tail its last line;
-    note the trail's words; answered tells whether the server itself
-    refused, permanent whether it did so for good (5xx to MAIL), reached
-    whether there was a connection to it."""
+    def __init__(self, report):
+        Exception.__init__(self, report)
+        self.report = report
 
-    def __init__(self, report, note, answered=False, permanent=False,
-                 tail=b'', reached=True):
-        Exception.__init__(self, note)
-        self.tail, self.reached = tail, reached
-        self.report, self.note = report, note
-        self.answered, self.permanent = answered, permanent
+
+class ConnectionLost(Exception):
+    """The connection is dead; diagnostic: why, in a few words (bytes)."""
+
+    def __init__(self, diagnostic):
+        Exception.__init__(self, diagnostic)
+        self.diagnostic = diagnostic
+
+
+class ProtocolError(ConnectionLost):
+    """The peer is out of step.  Its connection counts as dead."""
 
 
 class TlsFailed(Exception):
-    """TLS did not come about; reason is why (bytes).  anchors: the
-    certificates (DER) that a second handshake is to be checked with;
+    """TLS did not come about; reason: why (bytes).  anchors: the
+    certificates (DER) that another handshake is to be checked with;
     certificate: the server's was not good enough; silent: the handshake
-    timed out, or the line died before the server said anything in it;
-    resumed: it was to resume a session, and may do better without."""
+    timed out, or the connection died before the server said anything in it;
+    resumed: it was to resume a TLS session, and may do better without."""
 
     def __init__(self, reason, anchors=(), certificate=False, silent=False):
         Exception.__init__(self, reason)
@@ -685,21 +704,21 @@ class TlsFailed(Exception):
         self.certificate, self.silent = certificate, silent
 
 
+class Undeliverable(Exception):
+    """DNS gives no server to send to; report: the message report."""
+
+    def __init__(self, report):
+        Exception.__init__(self, report)
+        self.report = report
+
+
 class TimedOut(Exception):
     """A deadline has passed."""
 
 
-class ConnectionLost(Exception):
-    """The line is dead, or the peer is out of step."""
-
-    def __init__(self, note):
-        Exception.__init__(self, note)
-        self.note = note
-
-
-def temporary(text):
+def temporary(report):
     """The same report, as a temporary one: D becomes Z, h becomes s."""
-    return {b'D': b'Z', b'h': b's'}.get(text[:1], text[:1]) + text[1:]
+    return {b'D': b'Z', b'h': b's'}.get(report[:1], report[:1]) + report[1:]
 
 
 def printable(text):
@@ -707,19 +726,21 @@ def printable(text):
     return bytes(c if 33 <= c <= 126 else 63 for c in text)
 
 
-def output_of(report):
+def output_of(result):
     """All that goes to fd 1: each report ended by its NUL."""
-    return b''.join(text.replace(b'\0', b'?') + b'\0'
-                    for text in report.recipients +
-                    [report.text + report.tail])
+    return b''.join(report.replace(b'\0', b'?') + b'\0'
+                    for report in result.recipients +
+                    [result.report + result.tls_summary])
 
 
-def brief(report):
-    """The first lines of a report, if there is no memory for the others:
+def brief(result):
+    """The first lines of a Result, if there is no memory for the others:
     what has become of the message stays as it is."""
-    return Report(report.text.split(b'\n')[0] + b'\n',
-                  [text.split(b'\n')[0] + b'\n' * (text != b'r')
-                   for text in report.recipients], b'', report.begun)
+    short = Result(result.report.split(b'\n')[0] + b'\n',
+                   [report.split(b'\n')[0] + b'\n' * (report != b'r')
+                    for report in result.recipients])
+    short.rcpt_sent = result.rcpt_sent
+    return short
 
 
 def write_output(output):
@@ -1035,7 +1056,7 @@ def read_control_file(name):
 
 def read_control():
     """All control files, from below the current directory, as a Control.
-    Raises Report."""
+    Raises LocalFault."""
     read = read_control_file
     try:
         me, helohost = read(b'me'), read(b'helohost')
@@ -1050,15 +1071,15 @@ def read_control():
             parse_outgoing(read(b'outgoingip')),
             min(parse_number(read(b'batch'), SPAWN_BATCH), SPAWN_BATCH))
     except (OSError, Invalid):
-        raise Report(NO_CONTROL)
+        raise LocalFault(NO_CONTROL)
 
 
 def read_concurrency():
-    """How many deliveries a spawner runs at once.  Raises Report."""
+    """How many deliveries a spawner runs at once.  Raises LocalFault."""
     try:
         data = read_control_file(b'concurrencyspawn')
     except (OSError, Invalid):
-        raise Report(NO_CONTROL)
+        raise LocalFault(NO_CONTROL)
     return min(parse_number(data, SPAWN_LIMIT), SPAWN_LIMIT_MAX)
 
 
@@ -1095,25 +1116,25 @@ class TlsControl(Record):
 
 def read_tls_defaults():
     """The TlsControl for a host that neither tlshosts nor notlshosts names.
-    Raises Report."""
+    Raises LocalFault."""
     try:
         cert = read_control_file(b'clientcert.pem')
         ciphers = read_control_file(b'tlsclientciphers')
     except (OSError, Invalid):
-        raise Report(NO_CONTROL)
+        raise LocalFault(NO_CONTROL)
     return TlsControl(
         None, False, None if cert is None else b'control/clientcert.pem',
         first_line(ciphers or b''))
 
 
 def read_tls_control(name):
-    """The TlsControl for a host name or an address.  Raises Report."""
+    """The TlsControl for a host name or an address.  Raises LocalFault."""
     control = read_tls_defaults()
     try:
         control.pem = read_control_file(b'tlshosts/' + name + b'.pem')
         control.never = read_control_file(b'notlshosts/' + name) is not None
     except (OSError, Invalid):
-        raise Report(NO_CONTROL)
+        raise LocalFault(NO_CONTROL)
     return control
 
 
@@ -1196,14 +1217,15 @@ def parse_networks(data):
 
 def parse_outgoing(data):
     """outgoingip as {address family: address}: at most one of each.  Raises
-    Report, which names the line that is wrong."""
+    LocalFault, which names the line that is wrong."""
     found = {}
     for line in lines_of(data):
         address = canonical(line.strip(b'[]'))
         if address is None:
-            raise Report(NOT_OURS % (printable(line), b'no IP address'))
+            raise LocalFault(NOT_OURS % (printable(line), b'no IP address'))
         if family_of(address) in found:
-            raise Report(NOT_OURS % (address, b'one of each kind is enough'))
+            raise LocalFault(NOT_OURS % (
+                address, b'one of each kind is enough'))
         found[family_of(address)] = address
     return found
 
@@ -1928,8 +1950,8 @@ def lookup_suffix(key, marks, table):
 def find_servers(host, route, resolver, own, hurry=False):
     """(the Servers in the order to try them, whether there may be others
     that are only late); own tells whether an address is this host's.  With
-    hurry not all are waited for, see find_addresses().  Raises Report if
-    there is none (RFC 5321 5.1)."""
+    hurry not all are waited for, see find_addresses().  Raises
+    Undeliverable if there is none (RFC 5321 5.1)."""
     port = route.port or PORT_SMTP
     target, relay = route.relay or host, route.relay is not None
     missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
@@ -1940,7 +1962,7 @@ def find_servers(host, route, resolver, own, hurry=False):
     else:
         name = wire_name(target)
         if name is None:
-            raise Report(missing)
+            raise Undeliverable(missing)
         exchangers, signed, rest, end = \
             ([(0, name)], resolver.trusted(), [], name) if relay else \
             find_exchangers(name, resolver, missing, host)
@@ -1950,7 +1972,7 @@ def find_servers(host, route, resolver, own, hurry=False):
         soft += rest
         if not found:
             exists = exists or exchangers != [(0, name)]    # MX says so
-            raise Report(DNS_SOFT if soft else missing
+            raise Undeliverable(DNS_SOFT if soft else missing
                          if relay or not exists else NO_ADDRESS)
     if not relay:
         found = better_than_own(found, soft, own)
@@ -1959,11 +1981,12 @@ def find_servers(host, route, resolver, own, hurry=False):
 
 def late_ones(servers, find):
     """Yields the Servers, and, when all of them have been tried in vain,
-    those that find() knows besides; it raises Report if it knows none."""
+    those that find() knows besides (it raises Undeliverable if it knows
+    none)."""
     yield from servers
     try:
         more, _ = find()
-    except Report:
+    except Undeliverable:
         return
     known = [server.address for server in servers]
     yield from [server for server in more if server.address not in
@@ -1989,16 +2012,16 @@ def servers_of(exchangers, port, next_hop):
 def find_exchangers(name, resolver, missing, host):
     """([(preference, wire name)] from MX, or the host itself without one;
     whether the answer is authentic; the preferences of those that are too
-    many; where the CNAMEs from name led).  Raises Report; a lookup that fails
-    for now never falls back to A."""
+    many; where the CNAMEs from name led).  Raises Undeliverable; a lookup
+    that fails for now never falls back to A."""
     lookup, = resolver.ask([(name, MX)])
     if lookup.unknown():
-        raise Report(DNS_SOFT)
+        raise Undeliverable(DNS_SOFT)
     if lookup.status == Lookup.NONE:
-        raise Report(missing)
+        raise Undeliverable(missing)
     exchangers = [pair for pair in lookup.values if pair[1] != b'\0']
     if lookup.values and not exchangers:
-        raise Report(NULL_MX % printable(host))         # RFC 7505
+        raise Undeliverable(NULL_MX % printable(host))         # RFC 7505
     best = {}
     for preference, name in sorted(exchangers or [(0, name)]):
         best.setdefault(name, preference)               # no duplicates
@@ -2166,7 +2189,7 @@ def literal_target(name):
 def better_than_own(found, soft, own):
     """found without what is not strictly better than the best address of
     this host's own; soft are the preferences of those that may have more,
-    later.  Raises Report if nothing is left."""
+    later.  Raises Undeliverable if nothing is left."""
     limit = next((exchanger.preference for exchanger in in_order(found)
                   if any(own(address) for address in exchanger.addresses)),
                  None)
@@ -2174,7 +2197,7 @@ def better_than_own(found, soft, own):
         found = [exchanger for exchanger in found
                  if exchanger.preference < limit]
         if not found:
-            raise Report(DNS_SOFT if min(soft, default=limit) < limit
+            raise Undeliverable(DNS_SOFT if min(soft, default=limit) < limit
                          else OWN_ADDRESS)
     return found
 
@@ -2467,7 +2490,7 @@ def choose_ciphers(context, weak, ciphers):
 def tls_context(policy, control, tls12=False):
     """An SSLContext; tls12: for no more than TLS 1.2.  Where nothing is
     checked, weak TLS is better than none (RFC 7435 section 3).  Raises
-    ImportError if this Python has no ssl, and Report if a control file is
+    ImportError if this Python has no ssl, LocalFault if a control file is
     no good; TlsFailed if a TLSA record is."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2485,9 +2508,9 @@ def tls_context(policy, control, tls12=False):
             context.load_verify_locations(
                 cadata=policy.trust.decode('ascii', 'ignore'))
     except (OSError, ValueError):       # SSLError is an OSError
-        raise Report(NO_CONTROL)
+        raise LocalFault(NO_CONTROL)
     if policy.check in (TlsPolicy.NOTHING, TlsPolicy.PINNED, TlsPolicy.DANE):
-        return context          # Session.verify_peer() has a look at the others
+        return context          # Session.verify_peer() sees to the others
     if policy.check == TlsPolicy.SYSTEM:
         context.set_default_verify_paths()
     else:
@@ -2500,7 +2523,7 @@ def tls_context(policy, control, tls12=False):
         # Trust may end at the server's own certificate, or at any CA's.
         context.verify_flags |= X509_PARTIAL_CHAIN
     context.verify_mode = ssl.CERT_REQUIRED
-    # Of several names OpenSSL could check one; Session.verify_peer() checks those.
+    # Of several names OpenSSL could check one; Session.verify_peer() does.
     context.check_hostname = policy.check != TlsPolicy.ANCHORS
     return context
 
@@ -2531,6 +2554,14 @@ class TlsContexts:
         if len(self.tls12) >= TLS_KEPT:
             self.tls12.clear()
         self.tls12.add(address)
+
+    def find(self, key):
+        """The session to resume, or None."""
+        return self.tickets.get(key)
+
+    def drop(self, key):
+        """Forgets it; whether there was one."""
+        return self.tickets.pop(key, None) is not None
 
     def keep(self, key, session):
         """Keeps the ticket of a session that went well, if it has one."""
@@ -2721,14 +2752,14 @@ class ReplyReader:
 
     def take(self, data):
         """The number of bytes used if the reply ends in data, else None.
-        Raises ConnectionLost as soon as this cannot be a reply."""
+        Raises ProtocolError as soon as this cannot be a reply."""
         start = 0
         while True:
             end = data.find(b'\n', start)
             piece = data[start:] if end < 0 else data[start:end]
             self.size += len(piece) + (end >= 0)
             if self.size > REPLY_SIZE_MAX:
-                raise ConnectionLost(b'a reply without end')
+                raise ProtocolError(b'a reply without end')
             self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
             has_code = self._check(end >= 0)
             if end < 0:
@@ -2742,7 +2773,7 @@ class ReplyReader:
 
     def _check(self, ended):
         """Whether the line has a code, or may have one when it has ended.
-        Raises ConnectionLost if it must, and for a code of another class."""
+        Raises ProtocolError if it must, and for a code of another class."""
         line = self.line.rstrip(b'\r') if ended else self.line
         digits, mark = line[:3], line[3:4]
         if len(digits) < 3 and not ended:
@@ -2758,7 +2789,7 @@ class ReplyReader:
             digits[0] - 48 != self.code // 100
         if not has_code and not may_lack_code or \
                 other_class and (ended or not may_lack_code):
-            raise ConnectionLost(b'no SMTP reply')
+            raise ProtocolError(b'no SMTP reply')
         return has_code
 
     def _line_ended(self, has_code):
@@ -2783,50 +2814,70 @@ def parse_ehlo(text):
     return offered
 
 
-def mask(text, secrets, name=b''):
-    """text without the secrets and the user's name, wherever they are."""
-    hidden = bytearray(len(text))
-    for secret in filter(None, list(secrets) + [name]):
-        at = text.find(secret)
-        while at >= 0:
-            hidden[at:at + len(secret)] = b'\1' * len(secret)
-            at = text.find(secret, at + 1)
-    shown = bytearray()
-    for at, byte in enumerate(text):
-        if not hidden[at]:
-            shown.append(byte)
-        elif not at or not hidden[at - 1]:
-            shown += b'***'
-    if len(text) >= REPLY_KEPT and secrets:         # one may be cut in half
-        del shown[-max(map(len, list(secrets) + [name])):]
-    return bytes(shown)
+class Redactor:
+    """Keeps a user and a password out of what is shown.  The only code that
+    knows all forms in which a server could send them back."""
+
+    def __init__(self, credentials=None):
+        self.user, self.secrets = b'', []
+        if credentials is not None:
+            self.user, password = credentials
+            self.secrets.append(password)
+            for value in (self.user, password,
+                          b'\0' + self.user + b'\0' + password):
+                self.add(base64(value))
+
+    def add(self, secret):
+        """One more: a digest, or base64, with and without its =."""
+        self.secrets += [secret, secret.rstrip(b'=')]
+
+    def hide(self, text, user=True):
+        """text without the secrets, and without the user if user is true,
+        wherever they are."""
+        secrets = [secret for secret in self.secrets +
+                   [self.user if user else b''] if secret]
+        hidden = bytearray(len(text))
+        for secret in secrets:
+            at = text.find(secret)
+            while at >= 0:
+                hidden[at:at + len(secret)] = b'\1' * len(secret)
+                at = text.find(secret, at + 1)
+        shown = bytearray()
+        for at, byte in enumerate(text):
+            if not hidden[at]:
+                shown.append(byte)
+            elif not at or not hidden[at - 1]:
+                shown += b'***'
+        if len(text) >= REPLY_KEPT and secrets:     # one may be cut in half
+            del shown[-max(map(len, secrets)):]
+        return bytes(shown)
+
+    def auth_reply(self, reply):
+        """A reply to a step of AUTH without the lines that share SECRET_PART
+        bytes in a row with a secret, or all of it if it is shorter: servers
+        cut what they echo, and fold it.  Codes stay."""
+        parts = {secret[at:at + SECRET_PART]
+                 for secret in self.secrets if secret
+                 for at in range(max(1, len(secret) - SECRET_PART + 1))}
+        lines = reply.text.split(b'\n')
+        for index, line in enumerate(lines):
+            words = line[4:]
+            if not parts.isdisjoint(words[at:at + size]
+                                    for size in range(1, SECRET_PART + 1)
+                                    for at in range(len(words))):
+                lines[index] = line[:4] + b'***'
+        return Reply(reply.code, b'\n'.join(lines))
 
 
-def mask_lines(text, secrets):
-    """A reply to a step of AUTH without the lines that share SECRET_PART
-    bytes in a row with a secret, or all of it if it is shorter: servers cut
-    what they echo short, and fold it.  Codes stay."""
-    parts = {secret[at:at + SECRET_PART] for secret in filter(None, secrets)
-             for at in range(max(1, len(secret) - SECRET_PART + 1))}
-    lines = text.split(b'\n')
-    for index, line in enumerate(lines):
-        words = line[4:]
-        if not parts.isdisjoint(words[at:at + size]
-                                for size in range(1, SECRET_PART + 1)
-                                for at in range(len(words))):
-            lines[index] = line[:4] + b'***'
-    return b'\n'.join(lines)
-
-
-def said(reply, secrets, name=b''):
+def reply_text(reply, redactor):
     """What the server said, for a report."""
-    text = mask(reply.text, secrets, name)[:REPLY_MAX].rstrip(b'\n')
+    text = redactor.hide(reply.text)[:REPLY_MAX].rstrip(b'\n')
     return b'Remote host said: ' + text + b'\n'
 
 
-def first_words(reply, secrets, name=b''):
-    """The same for the trail: one line, and not much of it."""
-    text = mask(reply.text, secrets, name)
+def reply_summary(reply, redactor):
+    """Its first line, for the attempt log."""
+    text = redactor.hide(reply.text)
     return text.split(b'\n', 1)[0][:SUMMARY_MAX].rstrip()
 
 
@@ -2847,24 +2898,21 @@ def unbase64(text):
     return data
 
 
+def has_md5():
+    """Whether this Python can compute it."""
+    try:
+        hmac_md5(b'', b'')
+        return True
+    except (ImportError, ValueError):
+        return False
+
+
 def hmac_md5(key, text):
     """RFC 2104, in hexadecimal.  Raises ValueError if this Python has no
     MD5."""
     import hmac
     return hmac.new(key, text, 'md5').hexdigest().encode()
 
-
-def secrets_of(credentials):
-    """All forms in which a server could send user and password back, but
-    for the user as it is and the CRAM-MD5 digest."""
-    if credentials is None:
-        return []
-    user, password = credentials
-    forms = [password]
-    for value in (user, password, b'\0' + user + b'\0' + password):
-        encoded = base64(value)
-        forms += [encoded, encoded.rstrip(b'=')]
-    return forms
 
 
 def permanent(reply):
@@ -2902,14 +2950,14 @@ def set_launcher(pid):
 def wait(reading, writing, deadline, clock=time.monotonic):
     """Waits until one of the sockets or descriptors is ready: (those to
     read, those to write).  Raises TimedOut at the deadline, by clock, even
-    if something is ready: a peer that drips must not outlive it; and Report
-    if the launcher has been killed."""
+    if something is ready: a peer that drips must not outlive it; and
+    LocalFault if the launcher has been killed."""
     while True:
         left = deadline - clock()
         if left <= 0:
             raise TimedOut()
         if LAUNCHER and os.getppid() != LAUNCHER:
-            raise Report(KILLED)
+            raise LocalFault(KILLED)
         ready = select.select(reading, writing, (), min(left, ORPHAN_CHECK))
         if ready[0] or ready[1]:
             return ready[0], ready[1]
@@ -2918,7 +2966,7 @@ def wait(reading, writing, deadline, clock=time.monotonic):
 def connect(address, port, seconds, source=None):
     """A connected socket that does not block; source is the address to
     connect from (None: the kernel's choice).  Raises TimedOut, OSError,
-    and Report if this host has no socket left, or not that source."""
+    and LocalFault if this host has no socket left, or not that source."""
     deadline = time.monotonic() + seconds
     try:
         sock = socket.socket(family_of(address), socket.SOCK_STREAM)
@@ -2930,7 +2978,7 @@ def connect(address, port, seconds, source=None):
             raise
     except OSError as error:
         if error.errno in LOCAL_ERRORS:
-            raise Report(NO_RESOURCES)
+            raise LocalFault(NO_RESOURCES)
         if error.errno == errno.ETIMEDOUT:
             raise TimedOut()
         raise
@@ -2951,10 +2999,10 @@ def start_connection(sock, address, port, deadline, source):
 
 
 def bind_source(sock, source):
-    """Makes source the socket's own address.  Raises Report, and OSError if
-    this host has no socket left to see whether source is its own."""
+    """Makes source the socket's own address.  Raises LocalFault, and
+    OSError if this host has no socket left to see whether it is ours."""
     if not is_local(source) and source not in (b'0.0.0.0', b'::'):
-        raise Report(NOT_OURS % (source, b'not an address of this host'))
+        raise LocalFault(NOT_OURS % (source, b'not an address of this host'))
     if sys.platform == 'linux':     # a port only when its peer is known:
         try:                        # else each would serve one peer alone
             sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -2963,76 +3011,97 @@ def bind_source(sock, source):
     try:
         sock.bind((source, 0))
     except OSError:
-        raise Report(NO_RESOURCES)
+        raise LocalFault(NO_RESOURCES)
 
 
 class Connection:
-    """The line to a server: sends with a deadline, reads whole replies with
-    a deadline.  Whatever fails raises ConnectionLost, but for the handshake."""
+    """A socket with deadlines: sends bytes, reads whole replies.
+
+    After a failure nothing more is sent.  What the server had said before
+    is still there for reply(), which then raises ConnectionLost; so does
+    everything else here if there is nothing left to read."""
 
     def __init__(self, sock, wait=wait, clock=time.monotonic):
         self.sock, self.wait, self.clock = sock, wait, clock
-        self.input = bytearray()    # came in, not yet read as a reply
-        self.ended = False          # the peer has closed its side
+        self.input = bytearray()    # received, not yet read as a reply
+        self.ended = False          # nothing more can be received
+        self.failure = b''          # why, unless the peer has closed it
         self.tls = None             # a TlsLayer, once it is up
-        self.backlog = b''          # what TLS has to say besides
+        self.pending_tls_output = b''
 
-    def start_tls(self, context, name, seconds, verify_peer=lambda tls: None,
-                  session=None):
-        """The handshake, within seconds.  name is what to ask for, and to
-        check if the context says so (bytes, or None); verify_peer(TlsLayer) has
-        the last word; session is one of this context's to resume, or None.
-        Raises TlsFailed; ConnectionLost if the peer spoke in the clear before, which
-        would pass for encrypted words (RFC 3207, CVE-2011-0411)."""
-        try:
-            closed = self.heard()
-        except ConnectionLost as lost:
-            raise TlsFailed(lost.note, silent=True)
+    def start_tls(self, context, name, seconds, verify_peer, session=None):
+        """The handshake, within seconds.  name (bytes, or None) is what to
+        ask for, and to check if the context says so; verify_peer(TlsLayer)
+        has the last word; session is one of this context's to resume, or
+        None.  Raises TlsFailed; ProtocolError if the peer has sent
+        something in the clear before, which would pass for encrypted later
+        (RFC 3207, CVE-2011-0411)."""
+        closed = self.input_pending()
         if self.input:
-            raise ConnectionLost(b'spoke in the clear before the TLS handshake')
+            raise ProtocolError(b'spoke in the clear before the TLS '
+                                b'handshake')
         if closed:
-            raise TlsFailed(b'connection closed', silent=True)
-        deadline, done, answered = self.clock() + seconds, False, False
+            raise TlsFailed(self.failure or b'connection closed',
+                            silent=True)
         try:
-            tls = TlsLayer(context, name, session)
+            layer = TlsLayer(context, name, session)
         except (OSError, ValueError) as error:
             raise TlsFailed(tls_reason(error))
+        self._handshake(layer, self.clock() + seconds)
+        verify_peer(layer)
+        # What came with the last bytes of the handshake is encrypted.
+        # Nonsense in it would make OpenSSL forget the certificate, which is
+        # why verify_peer() comes first.
+        try:
+            plain, self.ended = layer.decrypt()
+        except ConnectionLost as lost:
+            raise TlsFailed(lost.diagnostic)
+        self.input += plain
+        self.tls = layer
+
+    def _handshake(self, layer, deadline):
+        answered = done = False
         try:
             while not done:
                 try:
-                    done = tls.handshake()
+                    done = layer.handshake()
                 except TlsFailed:
-                    self.send_best_effort(tls.output())      # the alert
+                    self.send_best_effort(layer.output())       # the alert
                     raise
-                self._push(tls.output(), deadline)
+                self._push(layer.output(), deadline)
                 if not done:
-                    tls.incoming.write(self._receive(deadline))
+                    layer.incoming.write(self._receive(deadline))
                     answered = True
-            verify_peer(tls)
-            # What came with the last bytes of the handshake is encrypted;
-            # nonsense in it would make OpenSSL forget the certificate.
-            plain, self.ended = tls.decrypt()
-            self.input += plain
         except ConnectionLost as lost:
-            raise TlsFailed(lost.note, silent=not answered or
+            raise TlsFailed(lost.diagnostic, silent=not answered or
                             self.clock() >= deadline)
-        self.tls = tls
 
-    def send(self, data, seconds, stop_on_input=False, take_input=False):
-        """Sends all of it within seconds.  False if it stopped because
-        something came in, if asked to; take_input: holds what comes in, so
-        that a peer that answers at once cannot be stuck in its own send."""
+    def send(self, data, seconds, stop_on_input=False):
+        """Whether all of data is out, within seconds.  If not, a reply (or,
+        with stop_on_input, a part of one) was there first, or came before
+        the connection was lost.  What comes in meanwhile is taken in: a peer
+        that answers at once must not be stuck in its own send.  Raises
+        ConnectionLost if it is lost and there is no input left to read."""
         deadline = self.clock() + seconds
-        if self.tls:
-            data = self._encrypt(data, deadline)
-        return self._push(data, deadline, stop_on_input, take_input)
+        try:
+            if self.tls:
+                data = self._encrypt(data, deadline)
+            return self._push(data, deadline, True, stop_on_input)
+        except ConnectionLost as lost:
+            self._drain_input(lost.diagnostic)
+            if not self.input:
+                raise
+            return False
 
     def _encrypt(self, data, deadline):
-        while not self.tls.encrypt(data):
-            due, self.backlog = self.backlog + self.tls.output(), b''
+        """data as TLS wants it out, after what it still had to say."""
+        while not self.tls.encrypt(data):       # a renegotiation
+            due = self.pending_tls_output + self.tls.output()
+            self.pending_tls_output = b''
             self._push(due, deadline)
             self.input += self.tls.decrypt(self._receive(deadline))[0]
-        self.backlog, data = b'', self.backlog + self.tls.output()
+        data = self.pending_tls_output + self.tls.output()
+        self.pending_tls_output = b''
         return data
 
     def _receive(self, deadline):
@@ -3049,7 +3118,7 @@ class Connection:
                 raise ConnectionLost(b'connection closed')
             return data
 
-    def _push(self, data, deadline, stop_on_input=False, take_input=False):
+    def _push(self, data, deadline, take_input=False, stop_on_input=False):
         """Sends bytes as they are; see send()."""
         rest = memoryview(data)
         while rest:
@@ -3060,77 +3129,46 @@ class Connection:
                 pass
             except OSError as error:
                 raise ConnectionLost(error_words(error))
-            if stop_on_input and self.heard():
+            if stop_on_input and self.input_pending():
                 return False
-            room = (stop_on_input or take_input) and self._room()
+            room = take_input and not self.ended and \
+                len(self.input) < BACKLOG_MAX
             if room and self._fill() and self.clock() < deadline:
                 continue
             self._wait(room, True, deadline)
         return True
 
-    def _room(self):
-        """Whether to take in more, ahead of its time."""
-        return not self.ended and len(self.input) < BACKLOG_MAX
-
-    def reply(self, seconds, lenient=False):
-        """The next Reply, whole, within seconds; lenient: see ReplyReader.
-        It waits before each look, so that a peer that never stops cannot
-        keep it from seeing the deadline; and looks once more after that: if
-        this process has been stopped meanwhile, the reply may be there."""
-        deadline, reader = self.clock() + seconds, ReplyReader(lenient)
-        timed_out = None
-        while True:
-            used = reader.take(self.input)
-            if used is not None:
-                del self.input[:used]
-                return reader.reply()
-            self.input = bytearray()
-            if self.ended:
-                raise ConnectionLost(b'connection closed')
-            if timed_out:
-                raise timed_out
-            self._push_backlog()
-            try:
-                self._wait(True, False, deadline)
-            except ConnectionLost as lost:
-                timed_out = lost
-            self._fill()
-
-    def heard(self):
-        """Whether the peer has said something that nobody has read, or has
-        closed the line."""
+    def input_pending(self):
+        """Whether there is input that nothing has read, or the connection
+        has ended."""
         for _ in range(IDLE_MAX):
             if self.input or self.ended or not self._fill():
                 break
         return bool(self.input) or self.ended
 
-    def hold(self):
-        """Takes in what a dead line still has, and no more from then on."""
-        try:
-            for _ in range(IDLE_MAX):
-                if not self._room() or not self._fill():
-                    break
-        except ConnectionLost:
-            pass
-        self.ended = True
-        return bool(self.input)
+    def require_silence(self):
+        """Raises ProtocolError if there is input before its time, and
+        ConnectionLost if the connection has ended."""
+        if self.input_pending():
+            if self.input:
+                raise ProtocolError(b'spoke out of turn')
+            raise ConnectionLost(self.failure or b'connection closed')
 
-    def salvage_reply(self):
-        """The Reply that a dead line still holds, or None."""
-        self.hold()
-        reader = ReplyReader()
-        try:
-            return None if reader.take(self.input) is None \
-                else reader.reply()
-        except ConnectionLost:
-            return None
+    def _drain_input(self, diagnostic):
+        """Takes in what a dead connection still has, and no more then."""
+        for _ in range(IDLE_MAX):
+            if self.ended or len(self.input) >= BACKLOG_MAX or \
+                    not self._fill():
+                break
+        self.ended, self.failure = True, diagnostic
 
     def send_best_effort(self, data):
-        """Sends what fits at once, and does not care."""
+        """Sends what fits at once; a failure changes nothing."""
         try:
-            if self.tls:
-                data = self._encrypt(data, self.clock())
-            self.sock.send(data)
+            if not self.failure:
+                if self.tls:
+                    data = self._encrypt(data, self.clock())
+                self.sock.send(data)
         except (OSError, ConnectionLost):
             pass
 
@@ -3142,27 +3180,53 @@ class Connection:
         to be called again after the end."""
         try:
             data = self.sock.recv(INPUT_BLOCK)
+            self.ended = not data
+            if self.tls:
+                data, self.ended = self.tls.decrypt(data)
+                self.pending_tls_output += self.tls.output()
+                if len(self.pending_tls_output) > REPLY_KEPT:
+                    raise ProtocolError(
+                        b'asks for new TLS keys without end')
+            self.input += data
         except BlockingIOError:
             return False
         except OSError as error:
-            raise ConnectionLost(error_words(error))
-        if self.tls:
-            data, self.ended = self.tls.decrypt(data)
-            self.backlog += self.tls.output()
-            if len(self.backlog) > REPLY_KEPT:
-                raise ConnectionLost(b'asks for new TLS keys without end')
-            self.input += data
-            return True
-        self.ended = not data
-        self.input += data
+            self.ended, self.failure = True, error_words(error)
+        except ConnectionLost as lost:
+            self.ended, self.failure = True, lost.diagnostic
         return True
 
-    def _push_backlog(self):
+    def reply(self, seconds, lenient=False):
+        """The next Reply, whole, within seconds; lenient: see ReplyReader.
+        It waits before each look, so that a peer that never stops cannot
+        keep it from seeing the deadline.  It looks once more after that: if
+        this process was stopped meanwhile, the reply may be there."""
+        deadline, reader = self.clock() + seconds, ReplyReader(lenient)
+        timed_out = None
+        while True:
+            used = reader.take(self.input)
+            if used is not None:
+                del self.input[:used]
+                return reader.reply()
+            self.input = bytearray()
+            if self.ended:
+                raise ConnectionLost(self.failure or b'connection closed')
+            if timed_out:
+                raise timed_out
+            self._push_tls_output()
+            try:
+                self._wait(True, False, deadline)
+            except ConnectionLost as lost:
+                timed_out = lost
+            self._fill()
+
+    def _push_tls_output(self):
         """Answers what TLS itself asked (a key update), without waiting;
         what does not fit leaves with the next send()."""
         try:
-            if self.backlog:
-                self.backlog = self.backlog[self.sock.send(self.backlog):]
+            if self.pending_tls_output:
+                sent = self.sock.send(self.pending_tls_output)
+                self.pending_tls_output = self.pending_tls_output[sent:]
         except OSError:
             pass
 
@@ -3190,7 +3254,7 @@ class TlsLayer:
         # A str is put through IDNA, which costs as much as all of socket;
         # but Python 3.6 checks certificates for a str only.
         checked = context.verify_mode != ssl.CERT_NONE
-        self.connection = context.wrap_bio(
+        self.ssl_object = context.wrap_bio(
             self.incoming, self.outgoing,
             server_hostname=name.decode('ascii') if name and checked
             else name, session=session)
@@ -3199,7 +3263,7 @@ class TlsLayer:
         """True when it is done, False if more has to come in.  Raises
         TlsFailed."""
         try:
-            self.connection.do_handshake()
+            self.ssl_object.do_handshake()
             return True
         except self.want:
             return False
@@ -3210,7 +3274,7 @@ class TlsLayer:
     def encrypt(self, data):
         """True, or False if more has to come in first (renegotiation)."""
         try:
-            if self.connection.write(data) != len(data):
+            if self.ssl_object.write(data) != len(data):
                 raise ConnectionLost(b'TLS took only a part')
             return True
         except self.want:
@@ -3229,7 +3293,7 @@ class TlsLayer:
             self.incoming.write_eof()
         try:
             while True:
-                block = self.connection.read(INPUT_BLOCK)
+                block = self.ssl_object.read(INPUT_BLOCK)
                 if not block:
                     return plain, True
                 plain += block
@@ -3246,8 +3310,8 @@ class TlsLayer:
 
     def facts(self):
         """Protocol and cipher, for the report."""
-        return '{}, {}'.format(self.connection.version(),
-                               self.connection.cipher()[0]).encode()
+        return '{}, {}'.format(self.ssl_object.version(),
+                               self.ssl_object.cipher()[0]).encode()
 
 
 def is_verification_error(error):
@@ -3312,10 +3376,10 @@ class Message:
         self.deadline, self.taken = None, 0     # of the piece being read
 
     def check(self):
-        """Raises Report if it can be seen in advance that the message
+        """Raises LocalFault if it can be seen in advance that the message
         cannot be sent: it cannot be read, or ends within a line."""
         if self.closed:
-            raise Report(NO_MESSAGE)
+            raise LocalFault(NO_MESSAGE)
         try:
             start = os.lseek(self.fd, 0, 1)       # SEEK_CUR
             status = os.fstat(self.fd)
@@ -3326,9 +3390,9 @@ class Message:
         self.start, self.size = start, max(0, status.st_size - start)
         try:
             if self.size and os.pread(self.fd, 1, status.st_size - 1) != b'\n':
-                raise Report(PARTIAL_LINE)
+                raise LocalFault(PARTIAL_LINE)
         except OSError:
-            raise Report(NO_MESSAGE)
+            raise LocalFault(NO_MESSAGE)
 
     def read_if_small(self):
         """The whole message if it has at most PEEK_MAX bytes, else None."""
@@ -3339,7 +3403,7 @@ class Message:
             self.head += block
             self.whole = not block
         if self.whole and self.head[-1:] not in (b'\n', b''):
-            raise Report(PARTIAL_LINE)
+            raise LocalFault(PARTIAL_LINE)
         return self.head if self.whole else None
 
     def scan(self):
@@ -3362,6 +3426,10 @@ class Message:
             self.scan_result = size, not plain
         return self.scan_result
 
+    def wire_size(self):
+        """Bytes on the wire, as far as that is known; None if not."""
+        return self.size if self.scan_result is None else self.scan_result[0]
+
     def _peek(self):
         """The blocks of a file, without moving in it."""
         at = self.start
@@ -3369,7 +3437,7 @@ class Message:
             try:
                 block = os.pread(self.fd, MESSAGE_BLOCK, at)
             except OSError:
-                raise Report(NO_MESSAGE)
+                raise LocalFault(NO_MESSAGE)
             if not block:
                 return
             at += len(block)
@@ -3387,12 +3455,12 @@ class Message:
             except BlockingIOError:
                 continue
             except (OSError, TimedOut):
-                raise Report(NO_MESSAGE)
+                raise LocalFault(NO_MESSAGE)
             self.taken += len(block)
             return block
 
     def blocks(self):
-        """Yields the bytes as they come.  Raises Report if fd 0 fails, or
+        """Yields the bytes as they come.  Raises LocalFault if fd 0 fails, or
         at the end if the last line has no newline."""
         last, self.deadline = b'\n', None
         if self.head:
@@ -3405,28 +3473,28 @@ class Message:
             last = block[-1:]
             yield block
         if last != b'\n':
-            raise Report(PARTIAL_LINE)
+            raise LocalFault(PARTIAL_LINE)
 
 
 def open_message(messid, owner):
     """A descriptor of queue/mess/messid, a regular file of this owner (a
-    user id).  Raises Report (spawn.c, docmd())."""
+    user id).  Raises LocalFault (spawn.c, docmd())."""
     try:
         fd = os.open(b'queue/mess/' + messid,
                      os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        raise Report(SPAWN_NO_OPEN)
+        raise LocalFault(SPAWN_NO_OPEN)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise Report(SPAWN_WRONG_TYPE)
+            raise LocalFault(SPAWN_WRONG_TYPE)
         if status.st_uid != owner:      # damage control (spawn.c)
-            raise Report(SPAWN_WRONG_OWNER)
+            raise LocalFault(SPAWN_WRONG_OWNER)
         return fd
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
-            raise Report(SPAWN_NO_FSTAT)
+            raise LocalFault(SPAWN_NO_FSTAT)
         raise
 
 
@@ -3438,571 +3506,396 @@ def is_ascii(block):
         return not block.translate(None, bytes(range(128)))
 
 
-# ----------------------------------------------------------------- 14. Session
-# The grammar of replies and of EHLO, answers to AUTH (pure); the session.
+# ------------------------------------------------------------- 14. Session
+# Session brings a connection to the point where MAIL may be said.  Then
+# Transaction sends one message over it.  Both speak through one Dialogue,
+# which knows how far the two sides are: sent is the last step that we have
+# begun, replied the last one that the server has agreed to.  Neither ever
+# goes back.  The legal sequence, in brackets what may be left out:
+#
+#   step      we send                     to go on, the reply must be
+#   GREETING  nothing                     220
+#   EHLO      EHLO [HELO]                 2xx (HELO only after 5xx)
+#   TLS       [STARTTLS, handshake, EHLO] 220, 2xx
+#   AUTH      [AUTH, answers]             235 (334 to each question)
+#   MAIL      MAIL                        2xx: from here on its word is final
+#   RCPT      RCPT, one or more           2xx to at least one
+#   DATA      DATA                        354
+#             the message                 nothing yet: a refusal ends it
+#   END       the final dot               2xx: the server has the message
+#   DONE      QUIT                        not waited for
+#
+# With PIPELINING, MAIL, RCPT and DATA leave together: sent is then ahead.
 
-class EarlyReply(Exception):
-    """The server answered a message before its end."""
-
-    def __init__(self, reply):
-        Exception.__init__(self, reply)
-        self.reply = reply
-
-
-class AuthRejected(Exception):
-    """what: the step's name in the report; reply: the server's words."""
-
-    def __init__(self, what, reply):
-        Exception.__init__(self, what)
-        self.what, self.reply = what, reply
-
-
-class Envelope(Record):
-    """sender and recipients as they go between < and >; None in the place
-    of a recipient that must never go out.  told: a server may have heard
-    of the recipients."""
-    __slots__ = ('sender', 'recipients', 'told')
-
-
-QUIT = b'QUIT\r\n'
-END_OF_DATA = b'.\r\n'
+GREETING, EHLO, TLS, AUTH, MAIL, RCPT, DATA, END, DONE = range(9)
+QUIT, END_OF_DATA = b'QUIT\r\n', b'.\r\n'
+CANCEL = b'*\r\n'               # ends an AUTH exchange (RFC 4954 section 4)
 
 
-class Session:
-    """One delivery to one server over an open Line, a short method a step.
+class Dialogue:
+    """Commands and replies on one Connection.  timeout: seconds for each
+    reply, and for each SEND_PIECE to leave; redactor: a Redactor."""
 
-    run() returns a Report if nothing is left to try, and raises NextServer
-    if another server may do better."""
+    def __init__(self, connection, timeout, redactor, trace):
+        self.connection, self.timeout = connection, timeout
+        self.redactor, self.trace = redactor, trace
+        self.sent = self.replied = GREETING
 
-    def __init__(self, line, server, control, envelope, credentials,
-                 message, tls, tls_context, trace=NO_TRACE, tickets=None,
-                 lacking=b'', tls_failure=b''):
-        self.line, self.server, self.control = line, server, control
-        self.address = server.address
-        self.envelope, self.credentials = envelope, credentials
-        self.tls, self.tls_context = tls, tls_context
-        self.trace = trace
-        self.tickets = tickets      # a TlsContexts, or None
-        self.ticket = None          # the key of what it may keep for us
-        self.message, self.timeout = message, control.timeoutremote
-        self.secrets = secrets_of(credentials)
-        self.hidden = self.secrets, credentials[0] if credentials else b''
-        self.offered = {}           # by EHLO
-        self.lacking = lacking      # as in Route
-        self.unauthenticated = b''  # AUTH_MISSING, if it came to that
-        self.accepted = False       # MAIL: from here on all is final
-        self.data_ended = False     # the end is out, but not yet its reply
-        self.final = None           # the Report, once that has been read
-        self.said_quit = False
-        self.sent = 0               # bytes of the message
-        self.reports = []           # of the recipients
-        self.tls_failure = tls_failure      # why we are in the clear
-        self.tail = tls_failure and TLS_GAVE_UP % tls_failure   # about TLS
+    @property
+    def committed(self):
+        """Whether the server has accepted MAIL."""
+        return self.replied >= MAIL
 
-    def run(self):
-        """See above.  Raises TlsFailed if TLS did not come about.  Once the
-        reply to the end of the data has been read, nothing changes what it
-        makes of the message: neither the server nor a failure of ours."""
-        try:
-            try:
-                report = self.dialogue()
-            finally:
-                self.line.close()
-        except BaseException:
-            if self.final is None:
-                raise
-        return self.final or report
+    @property
+    def in_doubt(self):
+        """Whether the end of the data is out, and its reply is not in."""
+        return self.sent == END and self.replied < END
 
-    def dialogue(self):
-        """All of it but the end of the line."""
-        try:
-            if self.server.port == PORT_SMTPS and self.tls.wanted:
-                self.secure(self.context())
-            self.greeting()
-            self.hello()
-            self.start_tls()
-            self.authenticate()
-            report = self.transaction()
-            if self.ticket is not None:
-                self.tickets.keep(self.ticket,
-                                  self.line.tls.connection.session)
-            return report
-        except TlsFailed as failed:
-            if self.ticket is not None:
-                failed.resumed = self.tickets.tickets.pop(
-                    self.ticket, None) is not None and not failed.certificate
-            raise
-        except Report as report:
-            late = DIED_LATE % self.address
-            if self.data_ended and not report.text.startswith(late):
-                report.text = late
-            report.recipients = report.recipients or self.reports
-            report.tail = self.tail
-            return report
-        except ConnectionLost as lost:
-            text = DIED_LATE if self.data_ended else DIED
-            return self.ended(text % self.address, None, lost.note)
-        except Exception:       # not foreseen; but was it delivered?
-            if not self.data_ended:
-                raise
-            return self.ended(DIED_LATE % self.address, None, b'')
+    def advance(self, sent=GREETING, replied=GREETING):
+        """Notes how far the two sides are now."""
+        self.sent = max(self.sent, sent)
+        self.replied = max(self.replied, replied)
 
-    # How a session ends
-
-    def ended(self, text, reply, note):
-        """The Report with this text and what the server said.  Raises
-        NextServer instead if the server has not accepted MAIL."""
-        if reply is not None:
-            text += said(reply, *self.hidden)
-            note += b': ' + first_words(reply, *self.hidden)
-        text += self.unauthenticated
-        if not self.accepted:
-            raise NextServer(text, note, reply is not None,
-                             text.startswith(b'D'), self.tail)
-        return Report(text, self.reports, self.tail)
-
-    def refused(self, text, reply, note):
-        """The same after QUIT; temporary unless the reply is 5xx."""
-        self.quit()
-        return self.ended(self.softened(text, reply) % self.address, reply,
-                          note)
-
-    def softened(self, text, reply=None):
-        """The report of a refusal (None: by what EHLO does not offer), as a
-        temporary one if that need not be for good, or may come of a
-        password of ours that could not be used, or of our lack of TLS."""
-        without_tls = not self.line.tls and (
-            self.tls_failure or b'STARTTLS' in self.offered)
-        if (self.unauthenticated or
-                (reply is not None and not permanent(reply)) or
-                (without_tls and (reply is None or about_security(reply)))):
-            return temporary(text)
-        return text
-
-    def quit(self, before=b''):
-        """Said with the last words (before), never waited for."""
-        if not self.said_quit:
-            self.tell(Trace.SENT, before + QUIT)
-            self.line.send_best_effort(before + QUIT)
-        self.said_quit = True
-
-    def command(self, *words):
-        """Sends one command and returns its Reply."""
-        self.launch([b''.join(words)])
+    def command(self, step, line):
+        """Sends one command (bytes, without CRLF) and returns its Reply."""
+        self.send_pipelined([(step, line)])
         return self.reply()
+
+    def exchange(self, commands, pipelining):
+        """Yields the Reply to each of commands, pairs of a step and a line.
+        All leave together if the server takes that (PIPELINING, RFC 2920),
+        else each when its turn has come."""
+        if pipelining:
+            self.send_pipelined(commands)
+        for step, line in commands:
+            if not pipelining:
+                self.send_pipelined([(step, line)])
+            yield self.reply()
+
+    def send_pipelined(self, commands):
+        """Sends commands, pairs of a step and a line, as one group.  Input
+        that is pending would be taken for their replies: ProtocolError.  If
+        the connection dies meanwhile, replies that came before count."""
+        for _, line in commands:
+            if b'\r' in line or b'\n' in line or b'\0' in line:
+                raise LocalFault(NO_RESOURCES)      # rule 4: never sent
+        self.connection.require_silence()
+        self.show(Trace.SENT, b'\n'.join(line for _, line in commands))
+        group = memoryview(b''.join(line + b'\r\n' for _, line in commands))
+        self.advance(sent=commands[-1][0])
+        for at in range(0, len(group), SEND_PIECE):
+            if not self.connection.send(group[at:at + SEND_PIECE],
+                                        self.timeout):
+                return          # lost: reply() knows what is left of it
 
     def reply(self):
         """The next Reply."""
-        reply = self.line.reply(self.timeout)
-        self.tell(Trace.HEARD, reply.text)
+        reply = self.connection.reply(self.timeout)
+        shown = self.redactor.auth_reply(reply) if self.sent == AUTH \
+            else reply
+        self.show(Trace.HEARD, shown.text)
         return reply
 
-    def tell(self, mark, text):
+    def quit(self, before=b''):
+        """Says QUIT, with what ends the present step before it.  Its reply
+        is not waited for."""
+        if self.sent < DONE:
+            self.show(Trace.SENT, before + QUIT)
+            self.connection.send_best_effort(before + QUIT)
+        self.advance(sent=DONE)
+
+    def show(self, mark, text):
         """A part of the dialogue for the trace, without secrets."""
         if self.trace.fd is not None:
-            hidden = self.hidden if mark == Trace.HEARD else self.hidden[:1]
-            self.trace.say(mark, mask(text.replace(b'\r', b''), *hidden))
+            self.trace.say(mark, self.redactor.hide(
+                text.replace(b'\r', b''), mark == Trace.HEARD))
 
-    def launch(self, commands):
-        """Sends commands in one flight.  Nothing may be waiting unread: it
-        would be taken for the answer.  If the line dies, what the server has
-        said counts yet."""
-        for command in commands:
-            if b'\r' in command or b'\n' in command or b'\0' in command:
-                raise Report(NO_RESOURCES)      # never: see Addresses
-        if self.line.heard():
-            raise ConnectionLost(b'spoke out of turn' if self.line.input
-                       else b'connection closed')
-        flight = memoryview(b'\r\n'.join(commands) + b'\r\n')
-        self.tell(Trace.SENT, b'\n'.join(commands))
-        try:
-            for at in range(0, len(flight), SEND_PIECE):
-                self.line.send(flight[at:at + SEND_PIECE], self.timeout,
-                               take_input=True)
-        except ConnectionLost:
-            self.said_quit = True       # it would end half a command
-            if not self.line.hold():
-                raise
 
-    def exchange(self, commands):
-        """Yields the Reply to each of the commands: all of them leave in
-        one flight if the server takes that (PIPELINING, RFC 2920), else
-        each when its turn has come."""
-        if b'PIPELINING' in self.offered:
-            self.launch(commands)
-        for command in commands:
-            yield self.reply() \
-                if b'PIPELINING' in self.offered else self.command(command)
+class TlsSetup(Record):
+    """How a session is to use TLS.  policy: a TlsPolicy; make_context: the
+    policy to an SSLContext; sessions: a TlsContexts that keeps what can be
+    resumed, or None; failure: why TLS failed on the connection before this
+    one to the same address, or empty."""
+    __slots__ = ('policy', 'make_context', 'sessions', 'failure')
 
-    def expect(self, reply):
-        """Raises ConnectionLost if the reply is neither 2xx nor a refusal."""
-        if reply.kind() == 3:
-            raise ConnectionLost(b'out of step')
-        return reply
 
-    # The steps
+class AuthFailed(Exception):
+    """An AUTH exchange that did not end well.  report: the message report;
+    reply: the server's; unknown_method: it may know another one; before:
+    what has to be sent to end the exchange."""
 
-    def greeting(self):
-        reply = self.reply()
+    def __init__(self, report, reply, unknown_method=False, before=b''):
+        Exception.__init__(self, report)
+        self.report, self.reply = report, reply
+        self.unknown_method, self.before = unknown_method, before
+
+
+class Session:
+    """From the greeting to the point where MAIL may be said.
+
+    open() returns None when it may, else the Result.  route is a Route,
+    tls a TlsSetup, helohost the name to greet with (bytes)."""
+
+    def __init__(self, dialogue, server, route, tls, helohost):
+        self.dialogue, self.server, self.route = dialogue, server, route
+        self.tls, self.helohost = tls, helohost
+        self.offered = {}               # by EHLO
+        self.encrypted = False
+        self.unauthenticated = b''      # why no password was used, for reports
+        self.tls_failure = tls.failure  # why this session is in the clear
+        self.tls_summary = TLS_GAVE_UP % tls.failure if tls.failure else b''
+        self.ticket = None              # the key of a TLS session to keep
+
+    def open(self):
+        """See above.  Raises ConnectionLost, ProtocolError, LocalFault, and
+        TlsFailed if TLS did not come about."""
+        if self.server.port == PORT_SMTPS and self.tls.policy.wanted:
+            self.secure(self.make_context())
+        return (self.greet() or self.say_hello(EHLO) or self.start_tls() or
+                self.authenticate())
+
+    def refused(self, report, reply, diagnostic):
+        """The Result of a refusal: QUIT, and another server may do better."""
+        self.dialogue.quit()
+        redactor = self.dialogue.redactor
+        return Result(
+            report + reply_text(reply, redactor), try_next=True,
+            answered=True, tls_summary=self.tls_summary,
+            diagnostic=diagnostic + b': ' + reply_summary(reply, redactor))
+
+    def greet(self):
+        """The greeting (RFC 5321 3.1)."""
+        reply = self.dialogue.reply()
         if reply.code != 220:
-            raise self.refused(GREETING_FAILED, reply, b'greeting failed')
+            return self.refused(GREETING_FAILED % self.server.address, reply,
+                                b'greeting failed')
+        return None
 
-    def hello(self):
-        """EHLO, or HELO for a server that does not know it."""
-        reply = self.expect(self.command(b'EHLO ', self.control.helohost))
+    def say_hello(self, step):
+        """EHLO, or HELO for a server that does not know it (RFC 5321
+        3.2)."""
+        self.offered = {}
+        reply = self.dialogue.command(step, b'EHLO ' + self.helohost)
         if reply.kind() == 2:
             self.offered = parse_ehlo(reply.text)
-            return
-        if reply.kind() == 5:
-            self.offered = {}
-            reply = self.expect(self.command(b'HELO ', self.control.helohost))
+        elif reply.kind() == 5:
+            reply = self.dialogue.command(step, b'HELO ' + self.helohost)
+        if reply.kind() == 3:
+            raise ProtocolError(b'out of step')
         if reply.kind() != 2:
-            raise self.refused(NAME_REJECTED, reply, b'my name was rejected')
+            return self.refused(NAME_REJECTED % self.server.address, reply,
+                                b'my name was rejected')
+        self.dialogue.advance(replied=step)
+        return None
 
     def start_tls(self):
-        """STARTTLS (RFC 3207) if it is offered or required.  Raises
-        TlsFailed, for a second try or none."""
-        if self.line.tls or not self.tls.wanted:
-            return
+        """STARTTLS (RFC 3207), if it is offered or required."""
+        policy = self.tls.policy
+        if self.encrypted or not policy.wanted:
+            return None
         if b'STARTTLS' not in self.offered:
-            if self.tls.required:
-                self.quit()
+            if policy.required:
+                self.dialogue.quit()
                 raise TlsFailed(b'the server does not offer STARTTLS')
-            return
-        context = self.context()
+            return None
+        context = self.make_context()
         if context is None:
-            return
+            return None
         try:
-            reply = self.command(b'STARTTLS')
+            reply = self.dialogue.command(TLS, b'STARTTLS')
         except ConnectionLost as lost:
-            raise TlsFailed(b'no answer to STARTTLS: ' + lost.note)
+            raise TlsFailed(b'no answer to STARTTLS: ' + lost.diagnostic)
         if reply.code != 220:
-            self.quit()
-            raise TlsFailed(b'STARTTLS refused: ' +
-                            first_words(reply, *self.hidden))
+            self.dialogue.quit()
+            raise TlsFailed(b'STARTTLS refused: ' + reply_summary(
+                reply, self.dialogue.redactor))
         self.secure(context)
-        self.offered = {}
         try:
-            self.hello()
-        except ConnectionLost as lost:    # in TLS 1.3 our certificate is judged so late
-            raise TlsFailed(lost.note)
+            return self.say_hello(TLS)
+        except ConnectionLost as lost:
+            # In TLS 1.3 the server judges our certificate only now.
+            raise TlsFailed(lost.diagnostic)
 
-    def context(self):
+    def make_context(self):
         """The SSLContext; None if this Python has no ssl module and nothing
-        speaks against the clear.  Raises TlsFailed."""
+        speaks against clear text.  Raises TlsFailed."""
         try:
-            return self.tls_context(self.tls)
+            return self.tls.make_context(self.tls.policy)
         except ImportError:
-            if self.tls.required or self.credentials or \
+            if self.tls.policy.required or self.route.credentials or \
                     self.server.port == PORT_SMTPS:
-                self.quit()
+                self.dialogue.quit()
                 raise TlsFailed(NO_SSL)
-            self.tls_failure, self.tail = NO_SSL, TLS_GAVE_UP % NO_SSL
+        self.tls_failure, self.tls_summary = NO_SSL, TLS_GAVE_UP % NO_SSL
+        return None
 
     def secure(self, context):
         """The handshake, with the check of the certificate."""
-        name = self.server.name
-        if self.tls.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+        check, name = self.tls.policy.check, self.server.name
+        if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             name = self.server.tlsa_name
-        elif canonical(name) and self.tls.check in (TlsPolicy.NOTHING,
-                                                    TlsPolicy.PINNED):
+        elif canonical(name) and check in (TlsPolicy.NOTHING,
+                                           TlsPolicy.PINNED):
             name = None                     # RFC 6066 3: no address in SNI
-        ticket = None
-        if self.tickets is not None and \
-                self.tls.check not in TlsPolicy.NO_TICKETS:
-            self.ticket = context, self.address, self.server.port, name
-            ticket = self.tickets.tickets.get(self.ticket)
-        self.line.start_tls(context, name, min(self.timeout, TLS_HANDSHAKE),
-                            self.verify_peer, ticket)
-        self.tls_failure = b''
+        kept = None
+        if self.tls.sessions is not None and \
+                check not in TlsPolicy.NO_TICKETS:
+            self.ticket = context, self.server.address, self.server.port, name
+            kept = self.tls.sessions.find(self.ticket)
+        self.dialogue.connection.start_tls(
+            context, name, min(self.dialogue.timeout, TLS_HANDSHAKE),
+            self.verify_peer, kept)
+        self.encrypted, self.tls_failure = True, b''
 
     def verify_peer(self, layer):
         """The check of the certificate, as far as OpenSSL leaves it to us,
-        and the words for the report.  Raises TlsFailed."""
-        connection, check = layer.connection, self.tls.check
-        checked = b'verified'
-        if check == TlsPolicy.NOTHING:
+        and its words for the report.  Raises TlsFailed."""
+        policy, checked = self.tls.policy, b'verified'
+        if policy.check == TlsPolicy.NOTHING:
             checked = b'certificate not checked'
-        elif check == TlsPolicy.DANE:
-            dane_check(self.tls.trust, shown_chain(connection))
-        elif check in (TlsPolicy.FILE, TlsPolicy.PINNED):
-            if connection.getpeercert(True) in \
-                    pem_certificates(self.tls.trust):
+        elif policy.check == TlsPolicy.DANE:
+            dane_check(policy.trust, shown_chain(layer.ssl_object))
+        elif policy.check in (TlsPolicy.FILE, TlsPolicy.PINNED):
+            if layer.ssl_object.getpeercert(True) in \
+                    pem_certificates(policy.trust):
                 checked = b'pinned'
-            elif check == TlsPolicy.PINNED:
+            elif policy.check == TlsPolicy.PINNED:
                 raise TlsFailed(b'certificate not in tlshosts')
-        elif check == TlsPolicy.ANCHORS and not is_for(
-                connection.getpeercert(), self.server.reference_names()):
+        elif policy.check == TlsPolicy.ANCHORS and not is_for(
+                layer.ssl_object.getpeercert(),
+                self.server.reference_names()):
             raise TlsFailed(b'the certificate is for other names')
-        if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+        if policy.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
-        self.tail = layer.facts() + b', ' + checked + b'\n'
-        self.trace.say(Trace.REMARK, b'TLS: ' + self.tail)
+        self.tls_summary = layer.facts() + b', ' + checked + b'\n'
+        self.dialogue.trace.say(Trace.REMARK, b'TLS: ' + self.tls_summary)
 
-    def transaction(self):
-        """MAIL, RCPT, DATA, and the message.  Returns the Report, or raises
-        it, or NextServer."""
-        mail = self.mail_command()
-        recipients = [b'RCPT TO:<' + address + b'>' for address
-                      in self.envelope.recipients if self.sendable(address)]
-        replies = self.exchange([mail] + recipients + [b'DATA'])
-        if b'PIPELINING' in self.offered:
-            self.envelope.told = True
-        self.mail_reply(next(replies))
-        self.envelope.told = True
-        for address in self.envelope.recipients:
-            self.reports.append(self.recipient_report(address, replies))
-        if b'r' not in self.reports:
-            raise self.nobody(replies)
-        reply = next(replies)
-        if reply.code != 354:
-            raise self.refused(DATA_FAILED, reply, b'')
-        return self.transfer()
+    def keep_ticket(self):
+        """The TLS session can be resumed from now on: all went well."""
+        if self.ticket is not None:
+            layer = self.dialogue.connection.tls
+            self.tls.sessions.keep(self.ticket, layer.ssl_object.session)
 
-    def mail_command(self):
-        """MAIL with the parameters that the server and the message call
-        for (RFC 1870, 6152, 6531)."""
-        sender, parameters = self.envelope.sender, b''
-        size, eight_bit = None, False
-        if b'SIZE' in self.offered or b'8BITMIME' in self.offered:
-            size, eight_bit = self.message.scan()
-        if size is not None and b'SIZE' in self.offered:
-            parameters += b' SIZE=%d' % size
-        if eight_bit and b'8BITMIME' in self.offered:
-            parameters += b' BODY=8BITMIME'
-        if b'SMTPUTF8' not in self.offered:
-            self.without_smtputf8()
-        elif any(address and non_ascii(address)
-                 for address in [sender] + self.envelope.recipients):
-            parameters += b' SMTPUTF8'
-        return b'MAIL FROM:<' + sender + b'>' + parameters
-
-    def without_smtputf8(self):
-        """That the server does not offer it is a refusal, if the sender or
-        all recipients need it: raises NextServer."""
-        if non_ascii(self.envelope.sender):
-            text = SENDER_8BIT
-        elif not any(map(self.sendable, self.envelope.recipients)):
-            text = RECIPIENTS_8BIT
-        else:
-            return
-        self.quit()
-        text = self.softened(text % self.address)
-        raise NextServer(text + self.unauthenticated, b'no SMTPUTF8', True,
-                         text.startswith(b'D'), self.tail)
-
-    def sendable(self, address):
-        """Whether there will be a RCPT for this recipient."""
-        return address is not None and (not non_ascii(address) or
-                                        b'SMTPUTF8' in self.offered)
-
-    def mail_reply(self, reply):
-        if self.expect(reply).kind() != 2:
-            raise self.refused(SENDER_REJECTED, reply, b'sender was rejected')
-        self.accepted = True
-
-    def recipient_report(self, address, replies):
-        """The recipient report for one address."""
-        if address is None:
-            return BAD_RECIPIENT
-        if not self.sendable(address):
-            return RECIPIENT_8BIT % self.address
-        reply = self.expect(next(replies))
-        if reply.kind() == 2:
-            return b'r'
-        text = self.softened(RECIPIENT_REJECTED % self.address, reply)
-        if reply.code == 552 and b'r' in self.reports:
-            text = temporary(text)      # RFC 5321 4.5.3.1.10
-        text += said(reply, *self.hidden)
-        if reply.code == 421:
-            self.reports.append(text)
-            raise self.ended(DIED % self.address, reply, b'')
-        return text
-
-    def nobody(self, replies):
-        """The Report if no recipient is left.  A server that opens the data
-        phase all the same gets a lone dot, and no message."""
-        before = b''
-        try:
-            if b'PIPELINING' in self.offered and next(replies).code == 354:
-                before = END_OF_DATA
-        except ConnectionLost:
-            pass
-        self.quit(before)
-        text = GIVING_UP % self.address
-        if any(report.startswith(b's') for report in self.reports):
-            text = temporary(text)
-        return self.ended(text, None, b'')
-
-    def transfer(self):
-        """The message, the final dot, the verdict."""
-        last = b''
-        self.trace.transfer()
-        if self.tls_failure:
-            self.tail = TLS_IN_THE_CLEAR % self.tls_failure
-        try:
-            for block in wire_form(self.message.blocks()):
-                self.send_part(last)
-                last = block
-            self.send_part(last + END_OF_DATA, True)
-        except ConnectionLost as lost:
-            reply = self.line.salvage_reply()
-            if reply is None or reply.kind() < 4:
-                raise lost
-            self.tell(Trace.HEARD, reply.text)
-            return self.early(reply)
-        except EarlyReply as early:
-            return self.early(early.reply)
-        self.tell(Trace.REMARK, b'message: %d bytes' %
-                  (self.sent - len(END_OF_DATA)))
-        self.tell(Trace.SENT, END_OF_DATA)
-        return self.verdict()
-
-    def verdict(self):
-        """What the server says to the end of the data.  No call comes
-        between the reply and self.final, so that none can fail there."""
-        taken = Report(b'K' + self.unauthenticated + ACCEPTED % self.address,
-                       self.reports, self.tail)
-        later = Report(temporary(MESSAGE_FAILED) % self.address,
-                       self.reports, self.tail)
-        reply = self.line.reply(self.timeout, True)
-        if 300 <= reply.code < 400:
-            raise ConnectionLost(b'out of step')
-        self.final = taken if reply.code < 300 else later
-        self.data_ended = False
-        if reply.code < 300:
-            taken.text += said(reply, *self.hidden)
-        else:
-            self.final = self.ended(self.softened(
-                MESSAGE_FAILED % self.address, reply), reply, b'')
-        self.tell(Trace.HEARD, reply.text)
-        self.quit()
-        return self.final
-
-    def send_part(self, data, is_last=False):
-        """Sends a part of the message; the last one ends with the end of the
-        data.  Raises EarlyReply if the server does not wait for that."""
-        view = memoryview(data)
-        for at in range(0, len(view), SEND_PIECE):
-            piece = view[at:at + SEND_PIECE]
-            if self.line.heard() or \
-                    not self.line.send(piece, self.timeout, True):
-                raise EarlyReply(self.reply())
-            self.data_ended = is_last and at + len(piece) == len(view)
-            self.sent += len(piece)
-            self.trace.progress(self.sent, (self.message.scan_result or
-                                             (self.message.size,))[0])
-
-    def early(self, reply):
-        """A refusal in mid-message.  No QUIT: it would be message text."""
-        if reply.kind() < 4:
-            raise ConnectionLost(b'spoke out of turn')
-        return self.ended(self.softened(MESSAGE_FAILED % self.address, reply),
-                          reply, b'')
+    def drop_ticket(self, failed):
+        """The TLS session is not to be resumed again; the TlsFailed then
+        says whether it was."""
+        if self.ticket is not None:
+            known = self.tls.sessions.drop(self.ticket)
+            failed.resumed = known and not failed.certificate
+        return failed
 
     # Authentication (RFC 4954)
 
     def authenticate(self):
-        """Raises Report if the server rejects us: no second try, and no
-        next server, for it would count as a guess at the password.  Only
-        504, which does not know the method, goes on to the next method."""
-        if self.credentials is None:
-            if self.lacking:
-                self.unauthenticated = AUTH_LACKING % self.lacking
-            return
-        if must_verify(self.server) and (
-                self.line.tls is None or
-                self.tls.check == TlsPolicy.NOTHING):
-            raise Report(NO_RESOURCES)          # never: see choose_tls()
-        methods = [(b'PLAIN', self.auth_plain), (b'LOGIN', self.auth_login)]
-        # Over TLS the plain methods come first: they do not need the server
-        # to keep the password in the clear.
-        methods.insert(2 if self.line.tls else 0,
-                       (b'CRAM-MD5', self.auth_cram))
-        methods = [(name, step) for name, step in methods
-                   if name in self.offered.get(b'AUTH', ())]
-        rejected = None
-        for name, step in methods:
+        """A rejection is final: the next server would count another try as
+        a guess at the password.  Only 504, which says that the method is
+        not known, leads to the next method; 421 leads to the next server.
+        """
+        if self.route.credentials is None:
+            if self.route.lacking:
+                self.unauthenticated = AUTH_LACKING % self.route.lacking
+            return None
+        self.guard_password()
+        offered, failed = self.offered.get(b'AUTH', ()), None
+        for name, method in self.auth_methods():
+            if name not in offered:
+                continue
             try:
-                if step():
-                    return
-            except AuthRejected as rejected_now:
-                rejected = rejected_now
-                if rejected.reply.code != 504 or \
-                        rejected.what != b'AUTH ' + name:
-                    break
-        if rejected is None:
+                method()
+                self.dialogue.advance(replied=AUTH)
+                return None
+            except AuthFailed as failure:
+                failed = failure
+            if not failed.unknown_method:
+                break
+        if failed is None:
             self.unauthenticated = AUTH_MISSING
-            return
-        reply = rejected.reply
-        self.quit(b'*\r\n' if reply.code == 334 else b'')
-        text = AUTH_REJECTED % (self.address, rejected.what)
-        if reply.code == 421:           # says nothing about the password
-            raise self.ended(text, reply, b'authentication failed')
-        raise Report(text + said(reply, *self.hidden))
+            return None
+        return self.auth_refused(failed)
 
-    def auth_step(self, want, what, *words):
+    def guard_password(self):
+        """Rules 1 and 2 again, at the edge: choose_route() and choose_tls()
+        have seen to both.  Raises LocalFault rather than send a password to
+        a server that no route names, or without the TLS that it needs."""
+        unchecked = self.tls.policy.check == TlsPolicy.NOTHING
+        if self.route.relay is None or \
+                (self.tls_failure and not self.encrypted) or \
+                (must_verify(self.server) and
+                 (unchecked or not self.encrypted)):
+            raise LocalFault(NO_RESOURCES)
+
+    def auth_methods(self):
+        """Names and methods, best first.  Over TLS the plain ones: they do
+        not need the server to keep the password in clear text."""
+        plain = [(b'PLAIN', self.auth_plain), (b'LOGIN', self.auth_login)]
+        cram = [(b'CRAM-MD5', self.auth_cram)] if has_md5() else []
+        return plain + cram if self.encrypted else cram + plain
+
+    def auth_refused(self, failed):
+        """The Result of an AuthFailed."""
+        reply = self.dialogue.redactor.auth_reply(failed.reply)
+        self.dialogue.quit(failed.before)
+        redactor = self.dialogue.redactor
+        return Result(
+            failed.report + reply_text(reply, redactor), answered=True,
+            try_next=reply.code == 421, tls_summary=self.tls_summary,
+            diagnostic=b'authentication failed: ' +
+            reply_summary(reply, redactor))
+
+    def auth_step(self, want, what, line):
         """One exchange; the Reply if its code is wanted.  Raises
-        AuthRejected."""
-        self.launch([b''.join(words)])
-        reply = self.line.reply(self.timeout)
-        self.tell(Trace.HEARD, self.masked(reply).text)
+        AuthFailed."""
+        reply = self.dialogue.command(AUTH, line)
         if reply.code not in want:
-            raise AuthRejected(what, self.masked(reply))
+            raise AuthFailed(
+                AUTH_REJECTED % (self.server.address, what), reply,
+                reply.code == 504 and what.startswith(b'AUTH '),
+                CANCEL if reply.code == 334 else b'')
         return reply
 
-    def masked(self, reply):
-        """A reply to a step of AUTH, fit to be seen."""
-        return Reply(reply.code, mask_lines(reply.text, self.secrets))
-
     def encode(self, value, what, before=b''):
-        """base64, remembered as a secret.  Raises Report if the line would
-        be too long for any server, or memory runs out."""
+        """base64, known to the redactor.  Raises LocalFault if the line
+        would be too long for any server, or memory runs out; before ends
+        the exchange then."""
         try:
             encoded = base64(value)
         except MemoryError:
             encoded = None
         if encoded is None or len(encoded) > AUTH_LINE_MAX:
-            self.quit(before)
-            raise Report(AUTH_UNENCODABLE % (self.address, what))
-        self.secrets += [encoded, encoded.rstrip(b'=')]
+            self.dialogue.quit(before)
+            raise LocalFault(AUTH_UNENCODABLE % (self.server.address, what))
+        self.dialogue.redactor.add(encoded)
         return encoded
 
     def auth_plain(self):
-        """RFC 4616, with an initial response; some servers want it again.
-        True for success, like the other two."""
-        user, password = self.credentials
+        """RFC 4616, with an initial response; some servers want it again."""
+        user, password = self.route.credentials
         secret = self.encode(b'\0' + user + b'\0' + password, b'(plain)')
-        command, want = b'AUTH PLAIN ' + secret, (235, 334)
-        if len(command) > AUTH_COMMAND_MAX:
-            command, want = b'AUTH PLAIN', (334,)
+        line, want = b'AUTH PLAIN ' + secret, (235, 334)
+        if len(line) > AUTH_COMMAND_MAX:
+            line, want = b'AUTH PLAIN', (334,)
         try:
-            reply = self.auth_step(want, b'AUTH PLAIN', command)
-        except AuthRejected as rejected:
-            if rejected.reply.code == 535 and 235 in want:
-                rejected.what = b'plain'    # it is about the response
+            reply = self.auth_step(want, b'AUTH PLAIN', line)
+        except AuthFailed as failed:
+            if failed.reply.code == 535 and 235 in want:
+                failed.report = AUTH_REJECTED % (       # of the response
+                    self.server.address, b'plain')
             raise
         if reply.code == 334:
             self.auth_step((235,), b'plain', secret)
-        return True
 
     def auth_login(self):
-        """The method that nobody wrote down but in a draft."""
-        user, password = self.credentials
+        """draft-murchison-sasl-login."""
+        user, password = self.route.credentials
         user = self.encode(user, b'user')
         password = self.encode(password, b'pass')
         self.auth_step((334,), b'AUTH LOGIN', b'AUTH LOGIN')
         self.auth_step((334,), b'username', user)
         self.auth_step((235,), b'password', password)
-        return True
 
     def auth_cram(self):
-        """RFC 2195.  False if this Python cannot compute MD5."""
-        user, password = self.credentials
-        try:
-            hmac_md5(b'', b'')
-        except (ImportError, ValueError):
-            return False
+        """RFC 2195."""
+        user, password = self.route.credentials
         reply = self.auth_step((334,), b'AUTH CRAM-MD5', b'AUTH CRAM-MD5')
         challenge = reply.text.split(b'\n')[0][4:]
         try:
@@ -4010,27 +3903,271 @@ class Session:
                 raise ValueError('too long')
             digest = hmac_md5(password, unbase64(challenge))
         except ValueError:
-            self.quit(b'*\r\n')
-            raise Report(AUTH_UNDECODABLE % self.address +
-                         said(self.masked(reply), *self.hidden))
-        self.secrets.append(digest)
-        answer = self.encode(user + b' ' + digest, b'user', b'*\r\n')
+            raise AuthFailed(AUTH_UNDECODABLE % self.server.address, reply,
+                             before=CANCEL)
+        self.dialogue.redactor.add(digest)
+        answer = self.encode(user + b' ' + digest, b'user', CANCEL)
         self.auth_step((235,), b'username+digest', answer)
+
+    def facts(self):
+        """What a Transaction has to know of this session."""
+        return SessionFacts(
+            self.server.address, self.offered, self.encrypted,
+            self.unauthenticated, self.tls_failure, self.tls_summary)
+
+
+class SessionFacts(Record):
+    """Of an open session.  address: the server's; offered: by EHLO;
+    unauthenticated: why no password was used (report text, or empty);
+    tls_failure: why it is not encrypted, though it was tried, or empty;
+    tls_summary: about TLS, for the report."""
+    __slots__ = ('address', 'offered', 'encrypted', 'unauthenticated',
+                 'tls_failure', 'tls_summary')
+
+
+class Transaction:
+    """One message on an open session: MAIL, RCPT, DATA, the message.
+
+    Nothing can change the outcome once the reply to the end of the data has
+    been read: neither the server, nor the connection, nor a fault here."""
+
+    def __init__(self, dialogue, facts, envelope, message):
+        self.dialogue, self.facts = dialogue, facts
+        self.envelope, self.message = envelope, message
+        self.recipients = []            # their reports
+        self.rcpt_sent = False          # the server may know them
+        self.wire_bytes = 0             # of the message, sent so far
+        self.tls_summary = facts.tls_summary
+        self.outcome = None             # the Result, once it is certain
+
+    def run(self):
+        """The Result.  Raises ConnectionLost, ProtocolError, LocalFault."""
+        if b'SMTPUTF8' not in self.facts.offered and self.needs_smtputf8():
+            return self.no_smtputf8()
+        replies = self.dialogue.exchange(self.commands(), self.pipelining())
+        self.rcpt_sent = self.pipelining()
+        reply = self.agreeable(next(replies))
+        if reply.kind() != 2:
+            return self.refused(SENDER_REJECTED, reply,
+                                b'sender was rejected')
+        self.dialogue.advance(replied=MAIL)
+        self.rcpt_sent = True
+        for address in self.envelope.recipients:
+            reply = self.recipient_report(address, replies)
+            if reply is not None and reply.code == 421:
+                return self.result(DIED, reply)
+        if b'r' not in self.recipients:
+            return self.all_recipients_rejected(replies)
+        self.dialogue.advance(replied=RCPT)
+        reply = next(replies)
+        if reply.code != 354:
+            return self.refused(DATA_FAILED, reply)
+        self.dialogue.advance(replied=DATA)
+        return self.transfer()
+
+    # The envelope
+
+    def pipelining(self):
+        """Whether commands may leave together (RFC 2920)."""
+        return b'PIPELINING' in self.facts.offered
+
+    def commands(self):
+        """MAIL, RCPT and DATA, with their steps."""
+        return [(MAIL, self.mail_command())] + [
+            (RCPT, b'RCPT TO:<' + address + b'>')
+            for address in self.envelope.recipients
+            if self.sendable(address)] + [(DATA, b'DATA')]
+
+    def mail_command(self):
+        """MAIL with the parameters that the server and the message call for
+        (RFC 1870, 6152, 6531)."""
+        offered, line = self.facts.offered, b'MAIL FROM:<' + \
+            self.envelope.sender + b'>'
+        if b'SIZE' in offered or b'8BITMIME' in offered:
+            size, eight_bit = self.message.scan()
+            if size is not None and b'SIZE' in offered:
+                line += b' SIZE=%d' % size
+            if eight_bit and b'8BITMIME' in offered:
+                line += b' BODY=8BITMIME'
+        if b'SMTPUTF8' in offered and any(
+                address and non_ascii(address) for address in
+                [self.envelope.sender] + self.envelope.recipients):
+            line += b' SMTPUTF8'
+        return line
+
+    def sendable(self, address):
+        """Whether there will be a RCPT for this recipient."""
+        return address is not None and (
+            not non_ascii(address) or b'SMTPUTF8' in self.facts.offered)
+
+    def needs_smtputf8(self):
+        """Whether the sender or every recipient does (RFC 6531)."""
+        return non_ascii(self.envelope.sender) or \
+            not any(map(self.sendable, self.envelope.recipients))
+
+    def no_smtputf8(self):
+        """The Result where that is not offered: a refusal like another."""
+        self.dialogue.quit()
+        report = SENDER_8BIT if non_ascii(self.envelope.sender) \
+            else RECIPIENTS_8BIT
+        result = self.result(self.soften(report), None, b'no SMTPUTF8')
+        result.answered = True
+        return result
+
+    def recipient_report(self, address, replies):
+        """Adds the report for one recipient; returns the Reply, or None if
+        there was no RCPT."""
+        if not self.sendable(address):
+            self.recipients.append(
+                BAD_RECIPIENT if address is None else
+                self.soften(RECIPIENT_8BIT) % self.facts.address)
+            return None
+        reply = self.agreeable(next(replies))
+        if reply.kind() == 2:
+            self.recipients.append(b'r')
+            return reply
+        report = self.soften(RECIPIENT_REJECTED, reply)
+        if reply.code == 552 and b'r' in self.recipients:
+            report = temporary(report)          # RFC 5321 4.5.3.1.10
+        self.recipients.append(
+            report % self.facts.address +
+            reply_text(reply, self.dialogue.redactor))
+        return reply
+
+    def all_recipients_rejected(self, replies):
+        """The Result if no recipient is left.  A server that opens the data
+        phase all the same gets a lone dot, and no message (RFC 2920 3.1).
+        """
+        before = b''
+        try:
+            if self.pipelining() and next(replies).code == 354:
+                before = END_OF_DATA
+        except ConnectionLost:
+            pass                # the recipients are decided already
+        self.dialogue.quit(before)
+        later = any(report.startswith(b's') for report in self.recipients)
+        return self.result(temporary(GIVING_UP) if later else GIVING_UP)
+
+    # The message
+
+    def transfer(self):
+        """The message and the final dot; the Result."""
+        if self.facts.tls_failure:
+            self.tls_summary = TLS_IN_THE_CLEAR % self.facts.tls_failure
+        self.dialogue.trace.transfer()
+        held = b''              # so that the dot leaves with the last block
+        for block in wire_form(self.message.blocks()):
+            if not self.send_block(held):
+                return self.premature_reply()
+            held = block
+        if not self.send_block(held + END_OF_DATA, END):
+            return self.premature_reply()
+        self.dialogue.show(Trace.REMARK, b'message: %d bytes' %
+                           (self.wire_bytes - len(END_OF_DATA)))
+        self.dialogue.show(Trace.SENT, END_OF_DATA)
+        return self.end_of_data_reply()
+
+    def send_block(self, data, step=DATA):
+        """Sends a part of the message.  False if the server does not wait
+        for the end: it has replied, or the connection is lost."""
+        connection, view = self.dialogue.connection, memoryview(data)
+        for at in range(0, len(view), SEND_PIECE):
+            piece = view[at:at + SEND_PIECE]
+            if connection.input_pending() or not connection.send(
+                    piece, self.dialogue.timeout, stop_on_input=True):
+                return False
+            self.wire_bytes += len(piece)
+            self.dialogue.trace.progress(self.wire_bytes,
+                                         self.message.wire_size())
+        self.dialogue.advance(sent=step)
         return True
 
+    def premature_reply(self):
+        """The Result of a refusal in mid-message.  No QUIT: it would be a
+        line of the message."""
+        reply = self.dialogue.reply()
+        if reply.kind() < 4:
+            raise ProtocolError(b'spoke out of turn')
+        return self.result(self.soften(MESSAGE_FAILED, reply), reply)
 
-# ---------------------------------------------------------------- 15. Delivery
-# One message, from its arguments to its Report; the loop over servers decides
-# between "next" and "report", and nobody else does.
+    def end_of_data_reply(self):
+        """The reply to the end of the data decides.  Both Results are made
+        before it is read: what fails afterwards finds the outcome set."""
+        address = self.facts.address
+        accepted = Result(
+            b'K' + self.facts.unauthenticated + ACCEPTED % address,
+            self.recipients, tls_summary=self.tls_summary)
+        refused = Result(temporary(MESSAGE_FAILED) % address,
+                         self.recipients, tls_summary=self.tls_summary)
+        reply = self.dialogue.connection.reply(self.dialogue.timeout, True)
+        if 300 <= reply.code < 400:
+            raise ProtocolError(b'out of step')
+        self.outcome = accepted if reply.code < 300 else refused
+        self.dialogue.advance(replied=END)
+        if reply.code < 300:
+            accepted.report += reply_text(reply, self.dialogue.redactor)
+        else:
+            self.outcome = self.result(self.soften(MESSAGE_FAILED, reply),
+                                       reply)
+        self.dialogue.show(Trace.HEARD, reply.text)
+        self.dialogue.quit()
+        return self.outcome
+
+    # Results
+
+    def agreeable(self, reply):
+        """The reply, if it is 2xx or a refusal.  Raises ProtocolError."""
+        if reply.kind() == 3:
+            raise ProtocolError(b'out of step')
+        return reply
+
+    def soften(self, report, reply=None):
+        """The report of a refusal (reply None: by what EHLO does not offer).
+        It is temporary if the reply is, and if our configuration may be the
+        reason: a password that was not used, TLS that we lack (rule 8)."""
+        facts = self.facts
+        lacks_tls = not facts.encrypted and (
+            facts.tls_failure or b'STARTTLS' in facts.offered)
+        if (facts.unauthenticated or
+                (reply is not None and not permanent(reply)) or
+                (lacks_tls and (reply is None or about_security(reply)))):
+            return temporary(report)
+        return report
+
+    def refused(self, report, reply, diagnostic=b''):
+        """The Result of a refusal, after QUIT."""
+        self.dialogue.quit()
+        return self.result(self.soften(report, reply), reply, diagnostic)
+
+    def result(self, report, reply=None, diagnostic=b''):
+        """The Result of this transaction: a report with the server's
+        address, its reply if there is one, and why no password was used.
+        Until MAIL is accepted another server may do better."""
+        report = report % self.facts.address
+        if reply is not None:
+            redactor = self.dialogue.redactor
+            report += reply_text(reply, redactor)
+            diagnostic += b': ' + reply_summary(reply, redactor)
+        return Result(report + self.facts.unauthenticated, self.recipients,
+                      try_next=not self.dialogue.committed,
+                      answered=reply is not None, diagnostic=diagnostic,
+                      tls_summary=self.tls_summary)
+
+
+# ------------------------------------------------------------ 15. Delivery
+# One message, from its arguments to its Result.  try_servers() decides
+# between "next server" and "report", and nothing else does.
 
 class Context(Record):
-    """What a delivery needs from outside: resolver (ask()), own (whether an
-    address is this host's), tcpto, connect (address, port, seconds -> a
-    socket), line (socket -> a Line), message (check(), blocks()),
-    tls_control (name -> a TlsControl), tls_context (TlsPolicy, TlsControl
-    -> an SSLContext), tickets (a TlsContexts, or None) and trace."""
-    __slots__ = ('resolver', 'own', 'tcpto', 'connect', 'line', 'message',
-                 'tls_control', 'tls_context', 'tickets', 'trace')
+    """What a delivery needs from outside.  resolver: ask(); is_own: whether
+    an address is this host's; tcpto: a TcpTo; connect: (address, port,
+    seconds) to a socket; connection: a socket to a Connection; message: a
+    Message; tls_control: a name to a TlsControl; tls_context: (TlsPolicy,
+    TlsControl, tls12) to an SSLContext; tls_sessions: a TlsContexts, or
+    None; trace: a Trace."""
+    __slots__ = ('resolver', 'is_own', 'tcpto', 'connect', 'connection',
+                 'message', 'tls_control', 'tls_context', 'tls_sessions',
+                 'trace')
 
 
 def make_context(control, message, trace=NO_TRACE, contexts=None, first=None):
@@ -4051,152 +4188,231 @@ def make_context(control, message, trace=NO_TRACE, contexts=None, first=None):
         OwnAddresses(control.moreipme, control.notipme, is_local),
         TcpTo(b'queue/lock/tcpto', time.time, os.getpid(), wait),
         connect_from,
-        Connection, message, read_tls_control, contexts or tls_context, contexts,
-        trace)
+        Connection, message, read_tls_control, contexts or tls_context,
+        contexts, trace)
+
+
+class Envelope(Record):
+    """sender and recipients (bytes) as they go between < and >; None in the
+    place of a recipient that must never be sent."""
+    __slots__ = ('sender', 'recipients')
 
 
 def deliver(host, sender, recipients, control, context):
-    """Delivers one message; returns or raises the Report.  host, sender and
-    recipients are bytes as given."""
-    envelope = Envelope(envelope_address(sender),
-                        [envelope_address(address) or None
-                         for address in recipients], False)
+    """Delivers one message.  host, sender and recipients are bytes as they
+    were given.  Returns the Result; raises LocalFault."""
+    envelope = Envelope(
+        envelope_address(sender),
+        [envelope_address(address) or None for address in recipients])
     if envelope.sender is None:
-        raise Report(BAD_SENDER)
+        return Result(BAD_SENDER)
     if not any(envelope.recipients):
-        raise Report(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
+        return Result(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
     route = choose_route(host, sender, control)
-    context.trace.say(Trace.REMARK, route_summary(host, sender, route, control))
-
+    context.trace.say(Trace.REMARK,
+                      route_summary(host, sender, route, control))
     def find(hurry=False):
-        return find_servers(host, route, context.resolver, context.own, hurry)
-    servers, late = find(hurry=True)
+        return find_servers(host, route, context.resolver, context.is_own,
+                            hurry)
+    try:
+        servers, late = find(hurry=True)
+    except Undeliverable as reason:
+        return Result(reason.report)
     if late:
         servers = late_ones(servers, find)
     context.message.check()
-    report = try_servers(servers, lambda server: try_server(
-        server, route, envelope, control, context), context.trace)
-    report.begun = envelope.told
-    return report
+    return try_servers(servers, lambda server: ServerTry(
+        server, route, envelope, control, context).run(), context.trace)
 
 
 def try_servers(servers, attempt, trace=NO_TRACE):
-    """The Report of the first server that attempt() gets one from; if none
-    is left, the refusal of the most preferred one that answered.  That is
-    permanent if each one that was reached refused the sender for good, and
-    there was one: those that were not would be waited for in vain."""
-    failures, trail, report = [], b'', None
+    """The Result of the first server that decides; attempt(server) gives
+    one for each.  If none does, see best_refusal()."""
+    attempts, log, rcpt_sent = [], b'', False
     for server in servers:
-        try:
-            report = attempt(server)
+        result = attempt(server)
+        rcpt_sent = rcpt_sent or result.rcpt_sent
+        if not result.try_next:
             break
-        except NextServer as failure:
-            failures.append(failure)
-            note = server.address + b': ' + failure.note
-            trail += note + b'\n'
-            trace.say(Trace.REMARK, note)
-    if report is None:
-        refusals = [failure for failure in failures if failure.answered] + \
-            [failure for failure in failures if failure.report]
-        best = (refusals + [NextServer(NO_CONNECTION, b'')])[0]
-        text = best.report
-        if not all(failure.permanent
-                   for failure in failures if failure.reached):
-            text = temporary(text)
-        report = Report(text, (), best.tail)
-        if len(failures) < 2:
-            trail = b''
-    report.text += trail        # no call: it may be about a message taken
-    return report
+        attempts.append(result)
+        line = server.address + b': ' + result.diagnostic
+        log += line + b'\n'
+        trace.say(Trace.REMARK, line)
+    else:
+        result = best_refusal(attempts)
+        if len(attempts) < 2:
+            log = b''
+    # Only what cannot fail: the message may have been accepted (rule 7).
+    result.report += log
+    result.rcpt_sent = rcpt_sent
+    return result
 
 
-def try_server(server, route, envelope, control, context):
-    """One server's Report; raises NextServer."""
-    password = route.credentials is not None
-    tls_control = context.tls_control(server.name)
-    if server.tlsa is None and tls_control.pem is None and \
-            not tls_control.never:
-        raise NextServer(TLSA_SOFT % server.name, b'TLSA lookup failed',
-                         reached=False)
-    tls = choose_tls(server, password, tls_control)
-    if tls.required and not tls.wanted:
-        raise NextServer(TLS_FORBIDDEN % (server.name, server.port),
-                         b'TLS forbidden by control/notlshosts')
+def best_refusal(attempts):
+    """The Result if no server is left: the refusal of the most preferred
+    server that answered.  It is permanent if every server that was reached
+    refused the sender for good: the others would be waited for in vain
+    (RFC 5321 4.2.1)."""
+    refusals = [result for result in attempts if result.answered] + \
+        [result for result in attempts if result.report]
+    if not refusals:
+        return Result(NO_CONNECTION)
+    report = refusals[0].report
+    if not all(result.report.startswith(b'D')
+               for result in attempts if result.reached):
+        report = temporary(report)
+    return Result(report, tls_summary=refusals[0].tls_summary)
 
-    def attempt(policy, tls12, before=None):
-        """The Report of one connection; raises NextServer and TlsFailed.
-        before: the TlsFailed of the connection before it."""
+
+class ServerTry:
+    """One address: a connection, and more only if TLS fails on it."""
+
+    def __init__(self, server, route, envelope, control, context):
+        self.server, self.route, self.envelope = server, route, envelope
+        self.control, self.context = control, context
+        self.tls_control = context.tls_control(server.name)
+
+    def run(self):
+        """The Result.  Raises LocalFault."""
+        server, files = self.server, self.tls_control
+        if server.tlsa is None and files.pem is None and not files.never:
+            return Result(TLSA_SOFT % server.name, try_next=True,
+                          reached=False, diagnostic=b'TLSA lookup failed')
+        policy = choose_tls(server, self.has_password(), files)
+        if policy.required and not policy.wanted:
+            return Result(
+                TLS_FORBIDDEN % (server.name, server.port), try_next=True,
+                diagnostic=b'TLS forbidden by control/notlshosts')
+        return self.connections(policy)
+
+    def has_password(self):
+        """Whether a password is for this server."""
+        return self.route.credentials is not None
+
+    def connections(self, policy):
+        """The Result of the first connection on which TLS did not fail.
+        There are two at most, three after a handshake that hung: the server
+        may choke on a large hello, so that the next one is for TLS 1.2."""
+        sessions, address = self.context.tls_sessions, self.server.address
+        tls12 = sessions is not None and address in sessions.tls12
+        result = self.connection(policy, tls12, None)
+        failed = result.tls_failed
+        if failed is not None and failed.silent and not tls12:
+            tls12 = True
+            result = self.connection(policy, tls12, failed)
+        elif failed is not None and failed.resumed:
+            # Without the session ticket, which is gone.
+            return self.connection(policy, tls12, failed)
+        failed = result.tls_failed
+        last = None if failed is None else last_policy(
+            policy, failed, self.server.port, self.has_password())
+        if last is None:
+            return result
+        final = self.connection(last, tls12, failed)
+        if final.tls_failed is not None and last.check == TlsPolicy.PINNED:
+            return result       # it was only to see whether it is that one
+        return final
+
+    def connection(self, policy, tls12, before):
+        """The Result of one connection.  tls12: with TLS 1.2 at most;
+        before: the TlsFailed of the connection before this one, or None."""
+        server, context = self.server, self.context
+        context.trace.say(Trace.REMARK, b'server: %s, port %d (%s)' % (
+            server.address, server.port, server.name))
+        if context.tcpto.skip(server.address):
+            return self.unreached(
+                b'timed out before, not tried (qmail-tcpto)', before)
         try:
-            line = open_line(server, control, context)
-        except NextServer as unreached:
-            unreached.reached = before is not None
-            raise
+            sock = context.connect(server.address, server.port,
+                                   self.control.timeoutconnect)
+        except TimedOut:
+            context.tcpto.timed_out(server.address)
+            return self.unreached(b'connection timed out', before)
+        except OSError as error:
+            context.tcpto.answered(server.address)
+            return self.unreached(error_words(error), before)
+        context.tcpto.answered(server.address)
+        connection = context.connection(sock)
+        tls = TlsSetup(policy, lambda policy: context.tls_context(
+            policy, self.tls_control, tls12), context.tls_sessions,
+            before.reason if before else b'')
+        result = None
         try:
-            return Session(
-                line, server, control, envelope, route.credentials,
-                context.message, policy,
-                lambda policy: context.tls_context(policy, tls_control, tls12),
-                context.trace, context.tickets, route.lacking,
-                before.reason if before else b'').run()
-        except TlsFailed as failed:
-            context.trace.say(Trace.REMARK, b'TLS failed: ' + failed.reason)
-            if failed.silent and context.tickets is not None:
-                context.tickets.hung(server.address)
-            raise
-    try:
-        return try_connections(server, tls, password, attempt, context.tickets)
-    except TlsFailed as failed:
-        raise NextServer(
-            TLS_FAILED % (server.address, failed.reason) +
-            tls_hint(tls, failed, password, server.name),
-            b'TLS failed: ' + failed.reason)
+            result = self.converse(connection, tls)
+        finally:
+            try:
+                connection.close()
+            except BaseException:       # rule 7: the outcome stays
+                if result is None:
+                    raise
+        return result
 
+    def unreached(self, diagnostic, before):
+        """The Result where there is no connection; but there was one if TLS
+        failed on it before."""
+        return Result(b'', try_next=True, reached=before is not None,
+                      diagnostic=diagnostic)
 
-def try_connections(server, tls, password, attempt, contexts):
-    """The Report of the first connection to one address that attempt() gets
-    one from.  There are two at most, three after a handshake that hung: the
-    server may choke on a large hello, so that the next one is for TLS 1.2.
-    contexts: TlsContexts, or None.  Raises NextServer, and TlsFailed."""
-    tls12 = contexts is not None and server.address in contexts.tls12
-    try:
-        return attempt(tls, tls12)
-    except TlsFailed as failed:
-        failure = failed
-    if failure.silent and not tls12:
-        tls12 = True
+    def converse(self, connection, tls):
+        """The Result of one connection, from the greeting to QUIT.  The one
+        place where ConnectionLost and TlsFailed become Results."""
+        dialogue = Dialogue(
+            connection, self.control.timeoutremote,
+            Redactor(self.route.credentials), self.context.trace)
+        session = Session(dialogue, self.server, self.route, tls,
+                          self.control.helohost)
+        transaction = None
         try:
-            return attempt(tls, tls12, failure)
-        except TlsFailed as failed:
-            failure = failed
-    elif failure.resumed:       # without the ticket, which is gone
-        return attempt(tls, tls12, failure)
-    last = last_policy(tls, failure, server.port, password)
-    if last is None:
-        raise failure
-    try:
-        return attempt(last, tls12, failure)
-    except TlsFailed as failed:
-        raise failure if last.check == TlsPolicy.PINNED else failed
+            result = session.open()
+            if result is None:
+                transaction = Transaction(dialogue, session.facts(),
+                                          self.envelope, self.context.message)
+                result = transaction.run()
+                result.rcpt_sent = transaction.rcpt_sent
+                session.keep_ticket()
+            return result
+        except BaseException as error:
+            return self.broken_off(error, tls, dialogue, session, transaction)
 
+    def tls_result(self, failed, policy):
+        """The Result of a TlsFailed, if nothing else is tried."""
+        self.context.trace.say(Trace.REMARK, b'TLS failed: ' + failed.reason)
+        if failed.silent and self.context.tls_sessions is not None:
+            self.context.tls_sessions.hung(self.server.address)
+        result = Result(
+            TLS_FAILED % (self.server.address, failed.reason) + tls_hint(
+                policy, failed, self.has_password(), self.server.name),
+            try_next=True, diagnostic=b'TLS failed: ' + failed.reason)
+        result.tls_failed = failed
+        return result
 
-def open_line(server, control, context):
-    """A Line to the server; raises NextServer."""
-    address = server.address
-    context.trace.say(Trace.REMARK, b'server: %s, port %d (%s)' % (
-        address, server.port, server.name))
-    if context.tcpto.skip(address):
-        raise NextServer(None, b'timed out before, not tried (qmail-tcpto)',
-                         reached=False)
-    try:
-        sock = context.connect(address, server.port, control.timeoutconnect)
-    except TimedOut:
-        context.tcpto.timed_out(address)
-        raise NextServer(None, b'connection timed out', reached=False)
-    except OSError as error:
-        context.tcpto.answered(address)
-        raise NextServer(None, error_words(error), reached=False)
-    context.tcpto.answered(address)
-    return context.line(sock)
+    def broken_off(self, error, tls, dialogue, session, transaction):
+        """The Result where an exception ended the session: TLS failed, the
+        connection was lost, the peer out of step, or something failed here.
+        Raises what was not foreseen, unless a message is in doubt."""
+        if transaction is not None and transaction.outcome is not None:
+            result = transaction.outcome        # rules 6 and 7
+        elif dialogue.in_doubt:
+            result = Result(DIED_LATE % self.server.address +
+                            session.unauthenticated)
+        elif isinstance(error, LocalFault):
+            result = Result(error.report)
+        elif isinstance(error, ConnectionLost):
+            result = Result(DIED % self.server.address +
+                            session.unauthenticated,
+                            try_next=not dialogue.committed,
+                            diagnostic=error.diagnostic)
+        elif isinstance(error, TlsFailed):
+            return self.tls_result(session.drop_ticket(error), tls.policy)
+        else:
+            raise error
+        result.tls_summary = session.tls_summary
+        if transaction is not None:
+            result.recipients = transaction.recipients
+            result.rcpt_sent = transaction.rcpt_sent
+            result.tls_summary = transaction.tls_summary
+        return result
+
 
 
 # ----------------------------------------------------------------- 16. Spawner
@@ -4283,7 +4499,7 @@ def spawn_report(output):
     return text
 
 
-def verdicts(report, count):
+def verdicts(result, count):
     """What to tell qmail-send of each of count recipients that went in one
     delivery; b'' for one who has to go once more, alone: he has not got the
     message, and by himself he might have.
@@ -4292,17 +4508,18 @@ def verdicts(report, count):
     may have; for the first one's refusal, before which there was nobody; and
     for being put off where nobody was taken.  What went wrong before a
     server knew how many there were counts for all."""
-    whole = count == 1 or not report.begun
-    sent = report.text.startswith(b'K') or \
-        b'Possible duplicate!' in report.text.partition(b'\n')[0]
-    taken, texts = b'r' in report.recipients, []
+    whole = count == 1 or not result.rcpt_sent
+    sent = result.report.startswith(b'K') or \
+        b'Possible duplicate!' in result.report.partition(b'\n')[0]
+    taken, texts = b'r' in result.recipients, []
     for index in range(count):
-        own = report.recipients[index:index + 1]
+        own = result.recipients[index:index + 1]
         letter = own[0][:1] if own else b''
         final = whole or letter == b'r' and sent or index == 0 and letter in (
             b'h', b's') or letter == b's' and not taken
         texts.append(spawn_report(output_of(
-            Report(report.text, own, report.tail))) if final else b'')
+            Result(result.report, own, tls_summary=result.tls_summary)))
+            if final else b'')
     return texts
 
 
@@ -4352,13 +4569,13 @@ def read_worker_config(store):
     try:
         control = read_control()
         read_concurrency()      # told long ago, but it must make sense
-    except Report as report:
-        return WorkerConfig(report.text, contexts, None, None)
+    except LocalFault as fault:
+        return WorkerConfig(fault.report, contexts, None, None)
     try:
         files = read_tls_defaults()
         for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
             contexts(TlsPolicy(True, False, check, None), files)
-    except (ImportError, Report):
+    except (ImportError, LocalFault):
         pass                    # each delivery will see what becomes of it
     return WorkerConfig(control, contexts, signature, None)
 
@@ -4367,31 +4584,31 @@ def deliver_job(job, owner, config):
     """One delivery of a worker: [messid, sender, host, recipients...] to
     its verdicts()."""
     messid, sender, host = job[:3]
-    recipients, control, report = job[3:], config.control, None
+    recipients, control, result = job[3:], config.control, None
     try:
         fd = open_message(messid, owner)
         try:
             if isinstance(control, bytes):
-                raise Report(control)
+                raise LocalFault(control)
             message = Message(fd, False, control.timeoutremote)
             context = make_context(control, message, contexts=config.contexts,
                                first=config.name_server)
             try:
-                report = deliver(host, sender, recipients, control, context)
+                result = deliver(host, sender, recipients, control, context)
             finally:
                 config.name_server = context.resolver.preferred()
         finally:
             os.close(fd)
-    except Report as raised:
-        report = report or raised
+    except LocalFault as fault:
+        result = result or Result(fault.report)
     except MemoryError:
-        report = report or Report(NO_MEMORY)
+        result = result or Result(NO_MEMORY)
     except Exception:           # not foreseen
-        report = report or Report(NO_RESOURCES)
+        result = result or Result(NO_RESOURCES)
     try:
-        return verdicts(report, len(recipients))
+        return verdicts(result, len(recipients))
     except Exception:
-        return verdicts(brief(report), len(recipients))
+        return verdicts(brief(result), len(recipients))
 
 
 def work(sock, owner, config):
@@ -4434,7 +4651,7 @@ class Spawner:
         self.output, self.output_closed = bytearray((limit,)), False
         self.busy = set()       # delivery numbers
         self.open_batches = {}     # key: (when it is due, Commands)
-        self.ready_batches = []           # groups of Commands that no worker has yet
+        self.ready_batches = []     # groups of Commands for any worker
         self.fork_at = 0        # no new worker before
         self.workers = {}       # descriptor: Worker
         self.idle = []          # Workers, the one that came last at the end
@@ -4461,7 +4678,7 @@ class Spawner:
             ready = self.wait(reading, writing, self.deadline())
         except TimedOut:
             ready = (), ()
-        except Report:          # sh has been killed: no more commands
+        except LocalFault:      # sh has been killed: no more commands
             set_launcher(None)
             self.ended, ready = True, ((), ())
         for fd in ready[1]:
@@ -4573,7 +4790,8 @@ class Spawner:
         none has come free for a while, to one new one.  Where that cannot
         be, they wait for those that are busy."""
         self.reload_config()
-        while self.ready_batches and (self.idle or self.fork_at <= self.clock()):
+        while self.ready_batches and (
+                self.idle or self.fork_at <= self.clock()):
             trouble = None if self.idle else self.start()
             self.fork_at = self.clock() + SPAWN_PACE
             if trouble and any(worker.group for worker
@@ -4743,15 +4961,15 @@ def enter_home():
 
 
 def run(argv):
-    """The whole run; returns its Report."""
+    """The whole run.  Returns the Result; raises LocalFault."""
     closed = fill_descriptors()
     arguments = [argument_bytes(argument) for argument in argv[1:]]
     if len(arguments) < 3:
-        return Report(USAGE)
+        return Result(USAGE)
     try:
         enter_home()
     except OSError:
-        return Report(NO_HOME)
+        return Result(NO_HOME)
     control, trace = read_control(), NO_TRACE
     if os.isatty(2):
         trace = Trace(2, wait)
@@ -4776,7 +4994,7 @@ def spawn():
     TcpTo(b'queue/lock/tcpto', time.time, 0, wait).clear()
     try:
         limit = read_concurrency()
-    except Report:              # read_worker_config() defers until it can be read
+    except LocalFault:          # read_worker_config() defers all until then
         limit = SPAWN_LIMIT
     Spawner(limit, owner).run()
     return 0
@@ -4786,22 +5004,22 @@ def main():
     """Runs and reports.  Whatever was not foreseen is a deferral, unless
     the server's verdict is known; for a spawner status 111, and qmail-send
     notices."""
-    status, report, output = 0, None, b''
+    status, result, output = 0, None, b''
     try:
         try:
             if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
                 status = 111
                 status = spawn()
             else:
-                report = run(sys.argv)
-        except Report as raised:
-            report = raised
-        if report is not None:
-            output = output_of(report)
+                result = run(sys.argv)
+        except LocalFault as fault:
+            result = Result(fault.report)
+        if result is not None:
+            output = output_of(result)
     except MemoryError:
-        output = output_of(brief(report)) if report else NO_MEMORY + b'\0'
+        output = output_of(brief(result)) if result else NO_MEMORY + b'\0'
     except BaseException:
-        output = output_of(brief(report)) if report else NO_RESOURCES + b'\0'
+        output = output_of(brief(result)) if result else NO_RESOURCES + b'\0'
     if not status:
         write_output(output)
     os._exit(status)

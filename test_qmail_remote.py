@@ -1226,13 +1226,14 @@ class Tables(unittest.TestCase):
                 getattr(function, '__name__', 'it'), shown)):
             try:
                 got = function(*args)
-            except qr.Report as report:
-                got = report.text
-            except (qr.Invalid, qr.Malformed, qr.ConnectionLost, qr.TimedOut, OSError,
-                    ValueError) as error:
+            except (qr.LocalFault, qr.Undeliverable) as fault:
+                got = fault.report
+            except (qr.Invalid, qr.Malformed, qr.ConnectionLost, qr.TimedOut,
+                    OSError, ValueError) as error:
                 got = type(error)
-                if want is OSError and issubclass(got, OSError):
-                    got = OSError
+                if want in (OSError, qr.ConnectionLost) and \
+                        issubclass(got, want):
+                    got = want
             if got != want:
                 self.fail('%.400r instead of %.400r' % (got, want))
 
@@ -1281,6 +1282,26 @@ def control_files(**fields):
                    notipme=[], outgoingip={}, batch=50)
     default.update(fields)
     return value_of(qr.Control, **default)
+
+
+def converse_on(connection, server, policy, envelope=None, message=None,
+                route=None, **control):
+    """The Result of one session on a Connection."""
+    def make_tls_context(policy):
+        return qr.tls_context(policy, qr.TlsControl(None, False, None, b''))
+    attempt = qr.ServerTry(
+        server, route or value_of(qr.Route), envelope,
+        control_files(**control), context_of(
+            message=message, tls_control=lambda name: None))
+    return attempt.converse(connection, qr.TlsSetup(
+        policy, make_tls_context, None, b''))
+
+
+def redactor(secrets, user=b''):
+    """A Redactor that knows these."""
+    result = qr.Redactor()
+    result.user, result.secrets = user, list(secrets)
+    return result
 
 
 def context_of(**fields):
@@ -1971,19 +1992,19 @@ class Outcomes(Tables):
                 ([], b'Kok\n', b'Kok\n\0'),
                 ([b'r', b'hno\n'], b'Kok\n', b'r\0hno\n\0Kok\n\0'),
                 ([b's\0x'], b'Z\0\0y', b's?x\0Z??y\0')):
-            self.check(want, qr.output_of, qr.Report(text, recipients))
+            self.check(want, qr.output_of, qr.Result(text, recipients))
 
     def test_brief(self):
         for recipients, text, want in (
                 ([], b'Kok\nmore\n', b'Kok\n\0'),
                 ([b'r', b'hno\nwhy\n', b'r'], b'Z\n', b'r\0hno\n\0r\0Z\n\0')):
             self.check(want, lambda: qr.output_of(qr.brief(
-                qr.Report(text, recipients, b'TLS\n'))))
+                qr.Result(text, recipients, tls_summary=b'TLS\n'))))
 
     # These stand in a report, or make a line of their own.
     PARTS = ('ACCEPTED', 'AUTH_MISSING', 'AUTH_LACKING', 'TLS_CLEAR',
              'TLS_PASSWORD', 'TLS_TRUST', 'TLS_FILE', 'TLS_GAVE_UP',
-             'TLS_IN_THE_CLEAR', 'QUIT', 'END_OF_DATA')
+             'TLS_IN_THE_CLEAR', 'QUIT', 'END_OF_DATA', 'CANCEL')
 
     def test_every_sentence(self):
         """Each starts with its letter, ends its line, and holds no NUL."""
@@ -3931,46 +3952,6 @@ class TimedOutServers(Tables):
         self.tcpto().timed_out(self.HERE)
         self.assertEqual([(self.HERE, 3, 4005)], self.records())
 
-    def test_what_is_noted(self):
-        """A timeout; and whatever shows that the server is there."""
-        class Noted:
-            def __init__(self, skipped):
-                self.skipped, self.calls = skipped, []
-
-            def skip(self, address):
-                return self.skipped
-
-            def timed_out(self, address):
-                self.calls.append('timed out')
-
-            def answered(self, address):
-                self.calls.append('answered')
-
-        def connect(address, port, seconds):
-            if outcome:
-                raise outcome
-        server = value_of(qr.Server, address=self.HERE, port=25,
-                          name=self.HERE)
-        for skipped, outcome, calls, note in (
-                (True, None, [],
-                 b'timed out before, not tried (qmail-tcpto)'),
-                (False, None, ['answered'], None),
-                (False, qr.TimedOut(), ['timed out'],
-                 b'connection timed out'),
-                (False, OSError(errno.ECONNREFUSED, 'no'), ['answered'],
-                 b'connection refused'),
-                (False, OSError(errno.ENETUNREACH, 'no'), ['answered'],
-                 b'network is unreachable')):
-            noted = Noted(skipped)
-            context = context_of(tcpto=noted, connect=connect,
-                             line=lambda sock: None)
-            with self.subTest(repr((skipped, outcome))):
-                try:
-                    got = qr.open_line(server, control_files(), context)
-                except qr.NextServer as failure:
-                    got = failure.note
-                self.assertEqual((note, calls), (got, noted.calls))
-
 
 # The line
 
@@ -4018,10 +3999,10 @@ class LineTables(Tables):
         return qr.Connection(left, self.clock.wait, self.clock), right
 
     def lost(self, function, *args):
-        """The note of the ConnectionLost that must come."""
+        """The diagnostic of the ConnectionLost that must come."""
         with self.assertRaises(qr.ConnectionLost) as caught:
             function(*args)
-        return caught.exception.note
+        return caught.exception.diagnostic
 
     def test_send(self):
         line, peer = self.pair()
@@ -4065,15 +4046,15 @@ class LineTables(Tables):
         peer.send(b'250-a\r\n250 b\r\n354 go\r\n')
         reply = line.reply(7)
         self.assertEqual((250, b'250-a\n250 b\n'), (reply.code, reply.text))
-        self.check(True, line.heard)
+        self.check(True, line.input_pending)
         self.check(354, lambda: line.reply(7).code)
-        self.check(False, line.heard)
+        self.check(False, line.input_pending)
         peer.send(b'2')
-        self.check(True, line.heard)
+        self.check(True, line.input_pending)
         peer.send(b'21 x\n')
         self.check(221, lambda: line.reply(7).code)
         peer.close()
-        self.check(True, line.heard)
+        self.check(True, line.input_pending)
         self.check(b'connection closed', self.lost, line.reply, 7)
 
     def test_reply_waits_once(self):
@@ -4096,7 +4077,7 @@ class LineTables(Tables):
         def wait(*args):
             waits.append(args)
             if len(waits) > 5:
-                raise qr.Report(qr.KILLED)
+                raise qr.LocalFault(qr.KILLED)
             return self.clock.at_once(*args)
         line = self.scripted([b'250-x\r\n'] * 1000)
         line.wait = wait
@@ -4170,7 +4151,8 @@ class LineTables(Tables):
             self.assertLessEqual(clock.now, 1071)
             self.assertLess(line.sock.sent, qr.REPLY_SIZE_MAX + 131072)
 
-    def test_last_words(self):
+    def test_what_is_left_of_a_dead_connection(self):
+        """A whole reply that came before counts; nothing is sent then."""
         for title, received, code in (
                 ('nothing', [], None), ('closed', [b''], None),
                 ('a reply', [b'552 no\r\n'], 552),
@@ -4183,10 +4165,16 @@ class LineTables(Tables):
                 ('garbage', [b'what?\r\n', b''], None),
                 ('a flood', [b'250-x\r\n' * 1000] * 1000, None)):
             with self.subTest(title):
-                line = self.scripted(received)
-                reply = line.salvage_reply()
-                self.assertEqual(code, reply and reply.code)
+                line = self.scripted(received, [OSError(errno.EPIPE, '')])
+                try:
+                    self.assertFalse(line.send(b'x', 7))
+                    got = line.reply(7).code
+                except qr.ConnectionLost:
+                    got = None
+                self.assertEqual(code, got)
                 self.assertEqual(1000, self.clock.now)
+                line.send_best_effort(b'QUIT')
+                self.assertEqual(b'', line.sock.data)
         self.assertIsNotNone(next(line.sock.received, None))
 
     def test_whisper(self):
@@ -4226,9 +4214,10 @@ class LineTables(Tables):
 
     def test_no_socket(self):
         """That is not the server's fault: no other one is tried."""
-        with descriptors_left(0), self.assertRaises(qr.Report) as caught:
+        with descriptors_left(0), self.assertRaises(
+                qr.LocalFault) as caught:
             qr.connect(b'127.0.0.1', 9, 1)
-        self.assertEqual(qr.NO_RESOURCES, caught.exception.text)
+        self.assertEqual(qr.NO_RESOURCES, caught.exception.report)
 
     def test_a_flood_while_we_send(self):
         """It ends at the deadline, and does not fill the memory."""
@@ -4250,17 +4239,10 @@ class LineTables(Tables):
             clock.now = 1000
             line = qr.Connection(Flood(), clock.at_once, clock)
             line.sock.seconds = seconds
-            self.check(b'timed out', self.lost, line.send, b'QUIT', 7, False,
-                       True)
-            self.assertLessEqual(clock.now, 1008)
+            self.check(False, line.send, b'QUIT', 7)
+            self.assertEqual(b'timed out', line.failure)
+            self.assertLessEqual(clock.now, 1024)   # what is there is read
             self.assertLess(len(line.input), qr.BACKLOG_MAX + 2000000)
-
-    def test_hold(self):
-        """What a dead line had said counts, and nothing after it."""
-        line = self.scripted([b'250-a\r\n', BlockingIOError(), b'250 b\r\n'])
-        self.check(True, line.hold)
-        self.check(b'connection closed', self.lost, line.reply, 7)
-        self.assertEqual(1000, self.clock.now)
 
 
 # The message
@@ -4594,7 +4576,8 @@ class ReplyGrammar(Tables):
                                      2 * qr.REPLY_KEPT)
             longer = data[:-1] + b'x\n'
             self.check(qr.ConnectionLost, self.read, longer)
-            self.check(qr.ConnectionLost, self.read, *blocks[:-1] + [longer[-65537:]])
+            self.check(qr.ConnectionLost, self.read,
+                       *blocks[:-1] + [longer[-65537:]])
 
     def test_memory(self):
         tracemalloc.start()
@@ -4684,12 +4667,13 @@ class SmtpTables(Tables):
                 ('an empty one', b'abc', [b''], b'abc'),
                 ('a short one', b'abc', [b'b'], b'a***c')):
             with self.subTest(title):
-                self.check(want, qr.mask, text, secrets)
+                self.check(want, redactor(secrets).hide, text)
 
     def test_a_name_is_masked_as_a_whole(self):
-        self.check(b'*** at x@example.com', qr.mask,
-                   b'me@example.com at x@example.com', [b'password'],
-                   b'me@example.com')
+        hide = redactor([b'password'], b'me@example.com').hide
+        self.check(b'*** at x@example.com', hide,
+                   b'me@example.com at x@example.com')
+        self.check(b'me@example.com', hide, b'me@example.com', False)
 
     def test_masks_end(self):
         """Secrets that look like the mask, or like each other."""
@@ -4697,7 +4681,7 @@ class SmtpTables(Tables):
                         [b'*' * 8], [b'*' * 20, b'*' * 8], [b'a', b'*'],
                         [b'5', b'3', b'0', b' '], [b'aaaaaaaa' * 9]):
             for text in (b'*' * 50, b'a' * 700 + b'\n', b'535 no *** a\n'):
-                masked = qr.mask(text, secrets)
+                masked = redactor(secrets).hide(text)
                 for secret in secrets:
                     if b'*' not in secret:
                         self.assertNotIn(secret, masked)
@@ -4728,33 +4712,37 @@ class SmtpTables(Tables):
                 ('one of several', b'535-ok\n535 deff\n',
                  [b'abcdef', b'xdeff'], b'535-ok\n535 ***\n')):
             with self.subTest(title):
-                self.check(want, qr.mask_lines, text, secrets)
+                self.check(qr.Reply(535, want), redactor(secrets).auth_reply,
+                           qr.Reply(535, text))
 
     def test_no_secret_is_shown(self):
         """Whatever part of a command a server sends back to AUTH."""
         user, password = b'user@example.com', b'pa|ss: w\xc3\xb6rd'
-        secrets = qr.secrets_of((user, password))
+        all_forms = qr.Redactor((user, password))
         for form in [password] + [
                 binascii.b2a_base64(value).rstrip() for value in (
                     user, password, b'\0' + user + b'\0' + password)]:
-            self.assertIn(form, secrets)
+            self.assertIn(form, all_forms.secrets)
             for size in (4, 5, 8, len(form)):
                 for at in range(len(form) - size + 1):
                     echo = form[at:at + size]
-                    self.check(b'535-5.7.8 bad\n535 ***\n', qr.mask_lines,
-                               b'535-5.7.8 bad\n535 AUTH: ' + echo + b'!\n',
-                               secrets)
-        self.check([], qr.secrets_of, None)
+                    self.check(
+                        qr.Reply(535, b'535-5.7.8 bad\n535 ***\n'),
+                        all_forms.auth_reply, qr.Reply(
+                            535, b'535-5.7.8 bad\n535 AUTH: ' + echo +
+                            b'!\n'))
+        self.check(b'x', qr.Redactor().hide, b'x')
 
     def test_said(self):
         def length(text):
-            return len(qr.said(qr.Reply(550, text), []))
+            return len(qr.reply_text(qr.Reply(550, text), qr.Redactor()))
         for text, want in (
                 (b'550 no\n', b'Remote host said: 550 no\n'),
                 (b'550-no\n550 way\n', b'Remote host said: 550-no\n'
                  b'550 way\n'),
                 (b'550\n', b'Remote host said: 550\n')):
-            self.check(want, qr.said, qr.Reply(550, text), [])
+            self.check(want, qr.reply_text, qr.Reply(550, text),
+                       qr.Redactor())
         head = len(b'Remote host said: ')
         self.check(head + 4999, length, b'5' * 4998 + b'\n')
         for size in 5000, 5001, 16384, 20000:
@@ -4778,7 +4766,8 @@ class SmtpTables(Tables):
 
     def test_first_words(self):
         def words(text):
-            return qr.first_words(qr.Reply(550, text), [b'secret'])
+            return qr.reply_summary(qr.Reply(550, text),
+                                    redactor([b'secret']))
         for text, want in ((b'550 no \n', b'550 no'),
                            (b'550-no\n550 way\n', b'550-no'),
                            (b'550 no secret\n', b'550 no ***'),
@@ -4824,9 +4813,10 @@ class SmtpTables(Tables):
         it cut in half does not show."""
         kept = qr.REPLY_KEPT
         text = b'y' * (kept - 5) + b'sesam'
-        self.check(b'y' * (kept - 6), qr.mask, text, [b'sesame'])
-        self.check(text, qr.mask, text, [])
-        self.check(text[1:], qr.mask, text[1:], [b'sesame'])
+        hide = redactor([b'sesame']).hide
+        self.check(b'y' * (kept - 6), hide, text)
+        self.check(text, qr.Redactor().hide, text)
+        self.check(text[1:], hide, text[1:])
 
 
 # Which server, and when to go on
@@ -4837,19 +4827,20 @@ class Trying(Tables):
 
     def failures(self):
         """What can become of a server, by a letter."""
-        def failure(report, note, answered=False, permanent=False):
-            return qr.NextServer(report, note, answered, permanent)
+        def failure(report, diagnostic, answered=False, reached=True):
+            return qr.Result(report, try_next=True, reached=reached,
+                             answered=answered, diagnostic=diagnostic)
         return {
-            'unreached': qr.NextServer(None, b'connection timed out',
-                                       reached=False),
-            'no TLSA': qr.NextServer(b'ZTLSA\n', b'no TLSA', reached=False),
+            'unreached': failure(b'', b'connection timed out',
+                                 reached=False),
+            'no TLSA': failure(b'ZTLSA\n', b'no TLSA', reached=False),
             'died': failure(b'Zdied\n', b'connection closed'),
             'greeting': failure(b'Zgreeting\n', b'greeting failed', True),
             'soft': failure(b'Zsender\n', b'soft', True),
-            'hard': failure(b'Dsender\n', b'hard', True, True),
-            'hard2': failure(b'Dsender2\n', b'hard2', True, True),
-            'K': qr.Report(b'Kok\n', [b'r']),
-            'D': qr.Report(b'Dgiving up\n', [b'hno\n'])}
+            'hard': failure(b'Dsender\n', b'hard', True),
+            'hard2': failure(b'Dsender2\n', b'hard2', True),
+            'K': qr.Result(b'Kok\n', [b'r']),
+            'D': qr.Result(b'Dgiving up\n', [b'hno\n'])}
 
     def attempt(self, *outcomes):
         """The report, and how many servers were tried."""
@@ -4857,14 +4848,10 @@ class Trying(Tables):
 
         def one(server):
             tried.append(server)
-            outcome = known[outcomes[int(server.address) - 1]]
-            if isinstance(outcome, qr.NextServer):
-                raise outcome
-            return outcome
+            return known[outcomes[int(server.address) - 1]]
         servers = [value_of(qr.Server, address=b'%d' % number, port=25)
                    for number in range(1, len(outcomes) + 1)]
-        report = qr.try_servers(servers, one)
-        return report.text, len(tried)
+        return qr.try_servers(servers, one).report, len(tried)
 
     def test_who_is_reported(self):
         nobody = qr.NO_CONNECTION
@@ -4919,9 +4906,9 @@ class Trying(Tables):
 
     def test_recipients_are_kept(self):
         server = value_of(qr.Server, address=b'1', port=25, name=b'1')
-        report = qr.try_servers([server],
-                                lambda server: qr.Report(b'K', [b'r', b's']))
-        self.assertEqual([b'r', b's'], report.recipients)
+        result = qr.try_servers([server],
+                                lambda server: qr.Result(b'K', [b'r', b's']))
+        self.assertEqual([b'r', b's'], result.recipients)
 
     def test_try_server(self):
         """What tcpto hears of a server, and what the trail says."""
@@ -4963,19 +4950,18 @@ class Trying(Tables):
                     if isinstance(outcome, Exception):
                         raise outcome
                     return outcome
-                with self.assertRaises(qr.NextServer) as caught:
-                    qr.try_server(
-                        qr.Server(b'192.0.2.1', 26, b'h', [], None, []),
-                        qr.Route(None, None, None),
-                        value_of(qr.Envelope, sender=b'', recipients=[b'a']),
-                        control_files(), context_of(
-                            tcpto=TcpToNotes(skipped),
-                            connect=connect, line=qr.Connection,
-                            tls_control=lambda name: qr.TlsControl(
-                                None, False, None, b'')))
-                self.assertEqual((note, heard, title == 'connected'),
-                                 (caught.exception.note, calls,
-                                  caught.exception.reached))
+                result = qr.ServerTry(
+                    qr.Server(b'192.0.2.1', 26, b'h', [], None, []),
+                    value_of(qr.Route),
+                    value_of(qr.Envelope, sender=b'', recipients=[b'a']),
+                    control_files(), context_of(
+                        tcpto=TcpToNotes(skipped),
+                        connect=connect, connection=qr.Connection,
+                        tls_control=lambda name: qr.TlsControl(
+                            None, False, None, b''))).run()
+                self.assertEqual((note, heard, title == 'connected', True),
+                                 (result.diagnostic, calls, result.reached,
+                                  result.try_next))
         self.assertEqual(b'QUIT\r\n', right.recv(99))
         right.close()
 
@@ -4988,23 +4974,22 @@ class Trying(Tables):
                 if len(calls) == 2:
                     raise OSError(errno.ECONNREFUSED, '')
                 return qr.connect(b'127.0.0.1', server.port, seconds)
-            with self.assertRaises(qr.NextServer) as caught:
-                qr.try_server(
-                    qr.Server(b'192.0.2.1', 25, b'h', [], None, []),
-                    qr.Route(None, None, None),
-                    value_of(qr.Envelope, sender=b'', recipients=[b'a']),
-                    control_files(), context_of(
-                        tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                        connect=connect, line=qr.Connection,
-                        tls_control=lambda name: qr.TlsControl(
-                            None, False, None, b'')))
-        self.assertEqual((2, True), (len(calls), caught.exception.reached))
+            result = qr.ServerTry(
+                qr.Server(b'192.0.2.1', 25, b'h', [], None, []),
+                value_of(qr.Route),
+                value_of(qr.Envelope, sender=b'', recipients=[b'a']),
+                control_files(), context_of(
+                    tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
+                    connect=connect, connection=qr.Connection,
+                    tls_control=lambda name: qr.TlsControl(
+                        None, False, None, b''))).run()
+        self.assertEqual((2, True), (len(calls), result.reached))
 
     def test_before_anybody_is_called(self):
         """What is known in advance: no server is asked for it."""
         class Partial:
             def check(self):
-                raise qr.Report(qr.PARTIAL_LINE)
+                raise qr.LocalFault(qr.PARTIAL_LINE)
 
         def never(*args):
             raise AssertionError('called')
@@ -5013,14 +4998,14 @@ class Trying(Tables):
             return qr.output_of(qr.deliver(
                 host, sender, list(recipients), control_files(),
                 context_of(resolver=Zone({'h A': ['192.0.2.1']}),
-                         own=lambda address: False, tcpto=None,
+                         is_own=lambda address: False, tcpto=None,
                          connect=never, message=Partial())))
 
         def output(*args):
             try:
                 return deliver(*args)
-            except qr.Report as report:
-                return qr.output_of(report)
+            except qr.LocalFault as fault:
+                return qr.output_of(qr.Result(fault.report))
         refused = qr.BAD_RECIPIENT + b'\0'
         for args, want in (
                 ((b'h', b'a', b'b'), qr.PARTIAL_LINE + b'\0'),
@@ -5627,7 +5612,7 @@ class FuzzServer:
 
 class ClearLayer:
     """A TlsLayer of which nobody can see that it encrypts."""
-    connection, out = None, b''
+    ssl_object, out = None, b''
 
     def encrypt(self, data):
         self.out += bytes(data)
@@ -5647,14 +5632,15 @@ class ClearLayer:
 class FuzzLine(qr.Connection):
     """A Line whose handshake goes well, as chance has it."""
 
-    def start_tls(self, context, name, seconds, judge, session=None):
+    def start_tls(self, context, name, seconds, verify_peer, session=None):
         server = self.sock.server
         if server.chance.random() < .4 or server.read != server.read_tls or \
-                self.heard():
-            qr.Connection.start_tls(self, context, name, seconds, judge, session)
+                self.input_pending():
+            qr.Connection.start_tls(self, context, name, seconds,
+                                    verify_peer, session)
             return
         self.tls = ClearLayer()
-        judge(self.tls)
+        verify_peer(self.tls)
         server.start_tls(server.case.check)
 
 
@@ -5879,7 +5865,7 @@ class FuzzCase(FuzzClock):
             raise OSError(self.chance.choice(
                 (errno.ECONNREFUSED, errno.ENETUNREACH)), 'no')
         if kind < .041:
-            raise qr.Report(qr.NO_RESOURCES)
+            raise qr.LocalFault(qr.NO_RESOURCES)
         self.now += self.chance.choice((0, 0, 0, seconds * .9))
         sock = FuzzSocket(self)
         self.servers.append(FuzzServer(self, sock, address.decode()))
@@ -5900,20 +5886,20 @@ class FuzzCase(FuzzClock):
     def run(self):
         """The letter of the message report.  Raises Violation."""
         context = context_of(
-            resolver=self, own=self.own, tcpto=self, connect=self.connect,
-            line=self.line, message=self.reader,
+            resolver=self, is_own=self.own, tcpto=self, connect=self.connect,
+            connection=self.line, message=self.reader,
             tls_control=self.tls_control, tls_context=self.tls_context)
         start = self.now
         try:
-            report = qr.deliver(self.host, self.sender[0],
+            result = qr.deliver(self.host, self.sender[0],
                                 [given for given, _ in self.recipients],
                                 self.control, context)
-        except qr.Report as raised:
-            report = raised
+        except qr.LocalFault as fault:
+            result = qr.Result(fault.report)
         finally:
             for fd in self.pipe:
                 os.close(fd)
-        self.output, self.report = qr.output_of(report), report
+        self.output, self.result = qr.output_of(result), result
         self.taken = self.now - start
         self.verify_peer()
         return self.text[:1].decode()
@@ -5938,7 +5924,7 @@ class FuzzCase(FuzzClock):
         """What a spawner makes of it.  Alone goes nobody who may have got
         the message; in company nobody bounces but the first."""
         count = len(self.recipients)
-        texts = qr.verdicts(self.report, count)
+        texts = qr.verdicts(self.result, count)
         self.law(len(texts) == count, 'not a verdict for each')
         told = any(server.recipients for server in self.servers)
         for index, text in enumerate(texts):
@@ -9087,8 +9073,8 @@ class OutgoingAddress(Tables):
         def parse(data):
             try:
                 return qr.parse_outgoing(data)
-            except qr.Report as report:
-                return report.text
+            except qr.LocalFault as fault:
+                return fault.report
         for data, wanted in (
                 (None, {}), (b'', {}), (b'# none\n\n', {}),
                 (b'192.0.2.1\n', {four: b'192.0.2.1'}),
@@ -9852,7 +9838,8 @@ class SpawnTables(Tables):
         self.addCleanup(sys.setprofile, sys.getprofile())
         sys.setprofile(fail)
         self.check([qr.SPAWN_NO_OPEN], qr.deliver_job,
-                   [b'0/0', b's@x', b'x', b'r@x'], 0, value_of(qr.WorkerConfig))
+                   [b'0/0', b's@x', b'x', b'r@x'], 0,
+                   value_of(qr.WorkerConfig))
 
     def test_commands_in_any_pieces(self):
         raw = commands((0, b'a@b'), (255, b'', b'', b''), (120, b'c@d@e'))
@@ -9949,19 +9936,26 @@ class SpawnTables(Tables):
                 ('r', self.TWICE, 3, 'Z--')):
             reports = [{'r': b'r', 'h': b'hno\n', 's': b'snot now\n'}[letter]
                        for letter in letters]
-            texts = qr.verdicts(qr.Report(text, reports, b'', True), count)
+            texts = qr.verdicts(self.told(text, reports), count)
             self.assertEqual(want, ''.join(
                 each[:1].decode() or '-' for each in texts),
                 (letters, text, count))
+
+    @staticmethod
+    def told(text, reports):
+        """The Result of a server that knows the recipients."""
+        result = qr.Result(text, reports)
+        result.rcpt_sent = True
+        return result
 
     def test_verdicts_before_anybody_was_told(self):
         """What holds for one holds for all."""
         for text, want in ((qr.NO_CONTROL, b'ZZZ'), (qr.BAD_SENDER, b'DDD'),
                            (qr.DNS_SOFT, b'ZZZ')):
-            self.assertEqual([text] * 3, qr.verdicts(qr.Report(text), 3))
+            self.assertEqual([text] * 3, qr.verdicts(qr.Result(text), 3))
         self.assertEqual(
             [b'D' + qr.BAD_RECIPIENT[1:] + qr.NO_RECIPIENT[1:]] * 2,
-            qr.verdicts(qr.Report(qr.NO_RECIPIENT,
+            qr.verdicts(qr.Result(qr.NO_RECIPIENT,
                                   [qr.BAD_RECIPIENT] * 2), 2))
 
     def test_whether_somebody_was_told(self):
@@ -9977,21 +9971,26 @@ class SpawnTables(Tables):
                 (True, TO_MAIL + refused, True), (True, pipelined, True),
                 (False, TO_RCPT + refused, True)):
             envelope = qr.Envelope(SENDER.encode(),
-                                   [RECIPIENTS[0].encode()], before)
+                                   [RECIPIENTS[0].encode()])
             with FakeESMTP(script) as server, self.subTest(script):
                 context = context_of(
                     tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                    line=qr.Connection, message=None,
+                    connection=qr.Connection, message=None,
                     tls_control=lambda name: qr.TlsControl(
                         None, False, None, b''),
                     connect=lambda address, port, seconds: qr.connect(
                         IP.encode(), server.port, seconds))
-                with contextlib.suppress(qr.NextServer):
-                    qr.try_server(qr.Server(IP.encode(), 25, b'', [], None,
-                                            []),
-                                  qr.Route(None, None, None), envelope,
-                                  control_files(), context)
-            self.assertEqual(after, envelope.told)
+                def attempt(server):
+                    if server.port == 24:
+                        result = qr.Result(b'Z', try_next=True)
+                        result.rcpt_sent = before
+                        return result
+                    return qr.ServerTry(server, value_of(qr.Route), envelope,
+                                        control_files(), context).run()
+                result = qr.try_servers(
+                    [qr.Server(IP.encode(), port, b'', [], None, [])
+                     for port in (24, 25)], attempt)
+            self.assertEqual(after, result.rcpt_sent)
 
     def test_frames(self):
         parts = [b'1/2', b'', b'h', b'r@h']
@@ -10400,7 +10399,8 @@ class Spawn(unittest.TestCase):
         """Whatever tlshosts and notlshosts hold."""
         for files in {}, {'tlshosts/x': b'', 'notlshosts/x': b''}:
             with Home(**files) as home, inside(home):
-                self.assertEqual(2, len(qr.read_worker_config([]).contexts.kept))
+                self.assertEqual(
+                    2, len(qr.read_worker_config([]).contexts.kept))
 
     def test_the_name_server_that_answered(self):
         """A worker asks it first, in all that it delivers."""
@@ -11487,18 +11487,18 @@ class Here:
             body.write(message)
             body.seek(0)
             try:
-                report = qr.deliver(
+                result = qr.deliver(
                     HOST.encode(), SENDER.encode(),
                     [x.encode() for x in recipients],
                     control_files(smtproutes={b'': route}),
-                    context_of(own=lambda address: False, tcpto=self,
-                             connect=connect, line=qr.Connection,
+                    context_of(is_own=lambda address: False, tcpto=self,
+                             connect=connect, connection=qr.Connection,
                              message=qr.Message(body.fileno()),
                              tls_control=lambda name:
                              value_of(qr.TlsControl)))
-            except qr.Report as caught:
-                report = caught
-        return [x.decode() for x in qr.output_of(report).split(b'\0')[:-1]]
+            except qr.LocalFault as fault:
+                result = qr.Result(fault.report)
+        return [x.decode() for x in qr.output_of(result).split(b'\0')[:-1]]
 
 
 class Pipelining(Dialogues):
@@ -11992,6 +11992,17 @@ class Parameters(Dialogues):
         self.play(rows)
 
 
+UNENCRYPTED = qr.TlsPolicy(False, False, qr.TlsPolicy.NOTHING, None)
+PASSWORD_ROUTE = value_of(qr.Route, relay=b'127.0.0.2',
+                          credentials=(b'u', b'p'))
+
+
+def server_at(address, port, records=()):
+    """A Server with these TLSA records."""
+    return qr.Server(address, port, b'relay.example', records, None,
+                     [])
+
+
 class ScriptedSocket(Scripted):
     """A Scripted that a whole session can be played with."""
 
@@ -12062,7 +12073,8 @@ class Survey(Tables):
 
     def test_small_without_final_newline(self):
         for data in b'a', b'a\nb', b'a\r', b'x' * (self.MOST - 1):
-            self.check(qr.PARTIAL_LINE, self.opened('pipe', data).read_if_small)
+            self.check(qr.PARTIAL_LINE,
+                       self.opened('pipe', data).read_if_small)
             self.check(qr.PARTIAL_LINE, self.opened('pipe', data).scan)
         message = self.opened('pipe', b'x' * self.MOST + b'y')
         self.check(None, message.read_if_small)
@@ -12114,15 +12126,31 @@ class Survey(Tables):
             self.check(want, qr.is_ascii, data)
             self.check(want, qr.is_ascii, Old(data))
 
-    def session(self, received, sent, message=None):
-        """A Session on a line where these things happen in turn."""
-        line = qr.Connection(ScriptedSocket(received, sent),
-                       VirtualClock().at_once, VirtualClock())
-        return qr.Session(
-            line, value_of(qr.Server, address=b'127.0.0.2', port=25,
-                           name=b'mx.example'),
-            control_files(), qr.Envelope(b's@x', [b'r@x']), None, message,
-            value_of(qr.TlsPolicy, wanted=False, required=False), None)
+    def connection(self, received, sent):
+        """A Connection on which these things happen in turn."""
+        return qr.Connection(ScriptedSocket(received, sent),
+                             VirtualClock().at_once, VirtualClock())
+
+    def dialogue(self, received, sent, credentials=None):
+        return qr.Dialogue(self.connection(received, sent), 5,
+                           qr.Redactor(credentials), qr.NO_TRACE)
+
+    def session(self, received, sent, policy=UNENCRYPTED, server=None,
+                offered=(), route=PASSWORD_ROUTE):
+        """A Session that has got as far as AUTH."""
+        session = qr.Session(
+            self.dialogue(received, sent, route.credentials),
+            server or server_at(b'127.0.0.2', 25), route,
+            qr.TlsSetup(policy, None, None, b''), b'me.example')
+        session.offered = {b'AUTH': list(offered)}
+        return session
+
+    def converse(self, received, sent, message):
+        """(the Result of a session, what the server got)."""
+        connection = self.connection(received, sent)
+        return converse_on(
+            connection, server_at(b'127.0.0.2', 25), UNENCRYPTED,
+            qr.Envelope(b's@x', [b'r@x']), message), connection.sock.data
 
     def test_when_the_dot_is_out(self):
         """From its last byte on the message may be delivered, and not
@@ -12130,17 +12158,21 @@ class Survey(Tables):
         wait, piece = BlockingIOError(), qr.SEND_PIECE
         gone = OSError(errno.ECONNRESET, 'gone')
         broken = OSError(errno.EPIPE, 'gone')
+        facts = qr.SessionFacts(b'127.0.0.2', {}, False, b'', b'', b'')
         for size in [2] + list(range(piece - 4, piece + 3)):
             for missing in 0, 1, 2, 3:
                 left = size + 3 - missing
                 parts = [min(left, piece), max(0, left - piece), broken]
-                session = self.session(
-                    [wait] * 3 + [gone], [part for part in parts if part],
+                dialogue = self.dialogue(
+                    [wait] * 3 + [gone], [part for part in parts if part])
+                dialogue.advance(sent=qr.DATA, replied=qr.DATA)
+                transaction = qr.Transaction(
+                    dialogue, facts, qr.Envelope(b's@x', [b'r@x']),
                     self.opened('file', b'a' * (size - 2) + b'\n'))
-                session.accepted = True
                 with self.subTest((size, missing)):
-                    self.assertRaises(qr.ConnectionLost, session.transfer)
-                    self.assertEqual(not missing, session.data_ended)
+                    self.assertRaises(qr.ConnectionLost,
+                                      transaction.transfer)
+                    self.assertEqual(not missing, dialogue.in_doubt)
 
     def test_a_large_one(self):
         """The lines of the first 4 MiB stand for all; 8-bit bytes count
@@ -12168,24 +12200,27 @@ class Survey(Tables):
         taken; before, it has not."""
         late = qr.DIED_LATE % b'127.0.0.2'
         for error, early in (
-                (qr.Report(qr.KILLED), qr.KILLED),
+                (qr.LocalFault(qr.KILLED), qr.KILLED),
                 (MemoryError(), MemoryError), (ValueError(), ValueError)):
             for words in (6, 8, 10):
-                session = self.session(self.TALK[:words], [],
-                                       self.opened('file', b'a\n'))
+                connection = self.connection(self.TALK[:words], [])
 
                 waits = iter(range(words // 2))     # one for each reply
 
-                def wait(*_):
+                def wait(*_, waits=waits):
                     if next(waits, None) is None:
                         raise error
-                session.line.wait = wait
+                connection.wait = wait
                 with self.subTest(repr((error, words))):
                     try:
-                        report = session.run()
-                        got = report.text
+                        result = converse_on(
+                            connection, server_at(b'127.0.0.2', 25),
+                            UNENCRYPTED,
+                            qr.Envelope(b's@x', [b'r@x']),
+                            self.opened('file', b'a\n'))
+                        got = result.report
                         self.assertEqual([b'r'] * (words > 6),
-                                         report.recipients)
+                                         result.recipients)
                     except (MemoryError, ValueError) as other:
                         got = type(other)
                     self.assertEqual(late if words == 10 else early, got)
@@ -12193,49 +12228,47 @@ class Survey(Tables):
     def test_no_line_within_a_command(self):
         """Whatever got through all other checks: nothing is sent."""
         for command in b'RCPT TO:<a\r\nb>', b'a\rb', b'a\nb', b'a\0b':
-            session = self.session([], [])
-            self.check(qr.NO_RESOURCES, session.launch, [b'NOOP', command])
-            self.assertEqual(b'', session.line.sock.data)
+            dialogue = self.dialogue([], [])
+            self.check(qr.NO_RESOURCES, dialogue.send_pipelined,
+                       [(qr.MAIL, b'NOOP'), (qr.RCPT, command)])
+            self.assertEqual(b'', dialogue.connection.sock.data)
 
     def test_no_quit_after_half_a_command(self):
         """The server would take it for a part of that."""
         wait, hello = BlockingIOError(), b'EHLO me.example\r\n'
-        session = self.session(
+        result, sent = self.converse(
             [b'220 fake\r\n', wait, b'250-fake\r\n250 PIPELINING\r\n', wait,
              b'550 no\r\n'],
             [len(hello), 5, OSError(errno.EPIPE, 'gone')] + [99] * 9,
             self.opened('file', b'a\n'))
-        with self.assertRaises(qr.NextServer) as caught:
-            session.run()
         self.assertEqual(
-            b'DConnected to 127.0.0.2 but sender was rejected.\n'
-            b'Remote host said: 550 no\n', caught.exception.report)
-        self.assertEqual(hello + b'MAIL ', session.line.sock.data)
+            (b'DConnected to 127.0.0.2 but sender was rejected.\n'
+             b'Remote host said: 550 no\n', True),
+            (result.report, result.try_next))
+        self.assertEqual(hello + b'MAIL ', sent)
 
     def test_a_334_too_many(self):
         """The dialogue is called off, so that QUIT is no answer in it."""
         wait, plain = BlockingIOError(), b'AHUAcA=='
-        session = self.session([wait, b'334 \r\n', wait, b'334 \r\n'], [])
-        session.credentials = b'u', b'p'
-        session.offered = {b'AUTH': [b'PLAIN']}
+        session = self.session([wait, b'334 \r\n', wait, b'334 \r\n'], [],
+                               offered=[b'PLAIN'])
         self.check(qr.AUTH_REJECTED % (b'127.0.0.2', b'plain') +
-                   b'Remote host said: 334 \n', session.authenticate)
+                   b'Remote host said: 334 \n',
+                   lambda: session.authenticate().report)
         self.assertEqual(b'AUTH PLAIN %s\r\n%s\r\n*\r\nQUIT\r\n' % (
-            plain, plain), session.line.sock.data)
-
+            plain, plain), session.dialogue.connection.sock.data)
 
     def test_no_password_without_verified_tls(self):
         """The last guard, whatever choose_tls() may have made of it."""
-        for tls, check in ((None, SYSTEM), (OddLayer(), NOTHING),
-                           (None, NOTHING)):
-            session = self.session([], [])
-            session.server, session.line.tls = server_at(
-                b'192.0.2.1', 2525), tls
-            session.tls = qr.TlsPolicy(True, True, check, None)
-            session.credentials = b'u', b'p'
-            session.offered = {b'AUTH': [b'PLAIN']}
+        for encrypted, check in ((False, qr.TlsPolicy.SYSTEM),
+                                 (True, qr.TlsPolicy.NOTHING),
+                                 (False, qr.TlsPolicy.NOTHING)):
+            session = self.session(
+                [], [], qr.TlsPolicy(True, True, check, None),
+                server_at(b'192.0.2.1', 2525), [b'PLAIN'])
+            session.encrypted = encrypted
             self.check(qr.NO_RESOURCES, session.authenticate)
-            self.assertEqual(b'', session.line.sock.data)
+            self.assertEqual(b'', session.dialogue.connection.sock.data)
 
 
 class LastReply(ScriptedSocket):
@@ -12255,7 +12288,8 @@ class LastReply(ScriptedSocket):
         return data
 
     def profile(self, frame, event, arg):
-        if event == 'return' and frame.f_code is qr.Connection.reply.__code__:
+        if event == 'return' and \
+                frame.f_code is qr.Connection.reply.__code__:
             self.read = True
         elif event == 'return' and frame.f_code is qr.deliver.__code__:
             sys.setprofile(None)
@@ -12272,9 +12306,9 @@ class AfterTheVerdict(Tables):
     fails after it, wherever in the program."""
 
     ERRORS = [MemoryError, lambda: OSError(errno.EIO, 'no'), ValueError,
-              lambda: qr.Report(qr.KILLED), lambda: qr.ConnectionLost(b'lost'),
-              qr.TimedOut, lambda: qr.TlsFailed(b'no TLS'),
-              lambda: qr.NextServer(None, b'the next'), KeyboardInterrupt]
+              lambda: qr.LocalFault(qr.KILLED), qr.TimedOut,
+              lambda: qr.ConnectionLost(b'lost'),
+              lambda: qr.TlsFailed(b'no TLS'), KeyboardInterrupt]
 
     class Resolver:
         def trusted(self):
@@ -12298,9 +12332,10 @@ class AfterTheVerdict(Tables):
         sockets, clock = [ScriptedSocket([b''], []), sock], VirtualClock()
         null = os.open(os.devnull, os.O_WRONLY)
         context = context_of(
-            resolver=self.Resolver(), own=lambda address: False,
+            resolver=self.Resolver(), is_own=lambda address: False,
             tcpto=Here(), connect=lambda *_: sockets.pop(0),
-            line=lambda sock: qr.Connection(sock, clock.at_once, clock),
+            connection=lambda sock: qr.Connection(sock, clock.at_once,
+                                                  clock),
             message=self.message, trace=qr.Trace(null, clock.at_once,
                                                    clock),
             tls_control=lambda name: value_of(qr.TlsControl))
@@ -12329,12 +12364,13 @@ class AfterTheVerdict(Tables):
                 while failed:
                     left += 1
                     got, failed = self.deliver(verdict, left, error)
-                    if got.text[0] not in letters or b'duplicate' in \
-                            got.text or got.recipients != [b'r']:
+                    if got.report[0] not in letters or b'duplicate' in \
+                            got.report or got.recipients != [b'r']:
                         self.fail('%s after %r and %r' % (
-                            got.text, verdict, failed))
-                self.assertIn(b'192.0.2.97: connection closed\n', got.text)
-                self.assertEqual(letters[:1], got.text[:1])
+                            got.report, verdict, failed))
+                self.assertIn(b'192.0.2.97: connection closed\n',
+                              got.report)
+                self.assertEqual(letters[:1], got.report[:1])
                 self.assertGreater(left, 20)
 
 
@@ -12362,12 +12398,6 @@ UNCHECKED = qr.TlsPolicy(True, True, NOTHING, None)
 BY_SYSTEM = qr.TlsPolicy(True, True, SYSTEM, None)
 BY_FILE = qr.TlsPolicy(True, True, FILE, PEM_FILE)
 IN_THE_CLEAR = qr.TlsPolicy(False, False, NOTHING, None)
-
-
-def server_at(address, port, records=()):
-    """A Server with these TLSA records."""
-    return qr.Server(address, port, b'relay.example', records, None,
-                     [])
 
 
 class TlsTables(Tables):
@@ -12805,11 +12835,11 @@ class TlsTables(Tables):
             context = context_of(
                 tcpto=Skipping(), tls_control=lambda name:
                 qr.TlsControl(pem_data, never, None, b''))
-            with self.assertRaises(qr.NextServer) as caught:
-                qr.try_server(qr.Server(b'127.0.0.2', 25, b'mx.example',
-                                        None), qr.Route(None, None, None),
-                              None, control_files(), context)
-            self.assertEqual(note, caught.exception.note)
+            result = qr.ServerTry(
+                qr.Server(b'127.0.0.2', 25, b'mx.example', None, None, []),
+                value_of(qr.Route), None, control_files(), context).run()
+            self.assertEqual((note, True), (result.diagnostic,
+                                            result.try_next))
 
 
 class OddLayer:
@@ -12874,7 +12904,8 @@ class TlsLines(unittest.TestCase):
 
     @staticmethod
     def line(sock, clock=lambda: 0):
-        line = qr.Connection(sock, lambda reading, writing, deadline: None, clock)
+        line = qr.Connection(sock, lambda reading, writing, deadline: None,
+                             clock)
         line.tls = OddLayer()
         return line
 
@@ -12884,7 +12915,7 @@ class TlsLines(unittest.TestCase):
         sock = OddSocket([4, 0] + [99] * 9, [b'!', b'', b'', b''])
         line = self.line(sock)
         self.assertTrue(line.send(b'a record', 5, True))
-        self.assertFalse(line.heard())
+        self.assertFalse(line.input_pending())
         line.send(b' and another', 5)
         self.assertEqual(sock.sent, b'a record<answer> and another')
 
@@ -12906,9 +12937,7 @@ class TlsLines(unittest.TestCase):
             ticks[0] += 0.01
             return ticks[0]
         line = self.line(OddSocket([99] * 9, talk()), clock)
-        self.assertFalse(line.heard())
-        self.assertIsNone(line.salvage_reply())
-        self.assertRaises(qr.ConnectionLost, line.reply, 5)
+        self.assertFalse(line.input_pending())
 
     def test_encrypt(self):
         """Not without a handshake; not after nonsense."""
@@ -12932,13 +12961,15 @@ class TlsLines(unittest.TestCase):
             line.tls = BusyLayer()
             with self.assertRaises(qr.ConnectionLost) as caught:
                 line.send(b'a record', 5)
-            self.assertEqual(note, caught.exception.note)
+            self.assertEqual(note, caught.exception.diagnostic)
 
     def test_new_keys_without_end(self):
         self.assertFalse(self.line(OddSocket(
-            [99] * 9, [b'!' * 2000, b'', b''])).heard())
-        self.assertRaises(qr.ConnectionLost, self.line(OddSocket(
-            [99] * 9, [b'!' * 2100])).heard)
+            [99] * 9, [b'!' * 2000, b'', b''])).input_pending())
+        line = self.line(OddSocket([99] * 9, [b'!' * 2100]))
+        self.assertTrue(line.input_pending())
+        self.assertRaisesRegex(qr.ConnectionLost, 'without end', line.reply,
+                               5)
 
     def test_an_answer_that_cannot_leave(self):
         """The reply counts all the same."""
@@ -12958,7 +12989,7 @@ class TlsLines(unittest.TestCase):
             line.tls, context = None, qr.tls_context(
                 policy, qr.TlsControl(None, False, None, b''))
             with self.assertRaises(qr.TlsFailed) as caught:
-                line.start_tls(context, name, 5)
+                line.start_tls(context, name, 5, bool)
             if name[:1] != b'.':
                 self.assertEqual(reason, caught.exception.reason)
             self.assertIsNone(line.tls)
@@ -12970,19 +13001,14 @@ class TlsLines(unittest.TestCase):
             clock = VirtualClock(step=1)
             sock = OddSocket(itertools.repeat(9999), itertools.repeat(b''))
             sock.close = lambda: None
-            session = qr.Session(
-                qr.Connection(sock, clock.at_once, clock),
-                server_at(b'127.0.0.1', 465),
-                control_files(timeoutremote=timeout), None, None, None,
-                IF_OFFERED, lambda policy: qr.tls_context(
-                    policy, qr.TlsControl(None, False, None, b'')))
             start = clock()
-            with self.subTest(timeout), \
-                    self.assertRaises(qr.TlsFailed) as caught:
-                session.run()
-            self.assertEqual((b'timed out', True, most), (
-                caught.exception.reason, caught.exception.silent,
-                clock() - start))
+            with self.subTest(timeout):
+                failed = converse_on(
+                    qr.Connection(sock, clock.at_once, clock),
+                    server_at(b'127.0.0.1', 465), IF_OFFERED,
+                    timeoutremote=timeout).tls_failed
+                self.assertEqual((b'timed out', True, most), (
+                    failed.reason, failed.silent, clock() - start))
 
     def test_a_handshake_that_dies(self):
         """Silent only if nothing came in."""
@@ -12998,7 +13024,7 @@ class TlsLines(unittest.TestCase):
             with self.subTest(repr(events)), \
                     self.assertRaises(qr.TlsFailed) as caught:
                 line.start_tls(qr.tls_context(IF_OFFERED, qr.TlsControl(
-                    None, False, None, b'')), None, 5)
+                    None, False, None, b'')), None, 5, bool)
             self.assertEqual((silent, False), (
                 caught.exception.silent, caught.exception.certificate))
 
@@ -13010,7 +13036,8 @@ class TlsLines(unittest.TestCase):
                                            random.Random(1)))
             line.tls = None
             line.start_tls(qr.tls_context(
-                IF_OFFERED, qr.TlsControl(None, False, None, b'')), None, 5)
+                IF_OFFERED, qr.TlsControl(None, False, None, b'')), None, 5,
+                bool)
             with self.subTest(words):
                 self.assertEqual(220, line.reply(5).code)
 
@@ -13021,7 +13048,7 @@ class TlsLines(unittest.TestCase):
         line = self.line(server)
         line.tls = None
         line.start_tls(qr.tls_context(
-            IF_OFFERED, qr.TlsControl(None, False, None, b'')), None, 5)
+            IF_OFFERED, qr.TlsControl(None, False, None, b'')), None, 5, bool)
         line.reply(5)
         server.server.write(b'250 ok\r\n')
         self.assertEqual(
@@ -13076,23 +13103,17 @@ class TlsDamage(unittest.TestCase):
                 qr.TlsPolicy(True, True, DANE, [tlsa(2, 0, 0, 'ca')])]
 
     def outcome(self, policy, server):
-        """The exception that a session over TLS from the first byte ends
-        with."""
+        """The Result of a session over TLS from the first byte."""
         ticks = itertools.count()
 
         def wait(reading, writing, deadline):
             if next(ticks) > 200:
                 raise qr.TimedOut()
-        session = qr.Session(
+        return converse_on(
             qr.Connection(server, wait, lambda: 0),
             qr.Server(b'127.0.0.1', 465, b'relay.example', [], None, []),
-            control_files(), qr.Envelope(b'a@here.example', [b'b@x.example']),
-            None, None, policy, lambda policy: qr.tls_context(
-                policy, qr.TlsControl(None, False, None, b'')))
-        try:
-            return session.run()
-        except (qr.TlsFailed, qr.NextServer) as outcome:
-            return outcome
+            policy,
+            qr.Envelope(b'a@here.example', [b'b@x.example']))
 
     def test_nonsense_after_the_greeting(self):
         """With the last bytes of the handshake, as far as we can see."""
@@ -13101,8 +13122,7 @@ class TlsDamage(unittest.TestCase):
                 server = DamagedServer(tls_server(words)[0], 0,
                                        b'nonsense', random.Random(1))
                 with self.subTest(repr((policy.check, words))):
-                    self.assertIsInstance(self.outcome(policy, server),
-                                          (qr.TlsFailed, qr.NextServer))
+                    self.assertTrue(self.outcome(policy, server).try_next)
 
     def test_damage(self):
         chance = random.Random(2)
@@ -13113,9 +13133,8 @@ class TlsDamage(unittest.TestCase):
                 chance.choice(contexts), chance.choice([.0003, .001, .01]),
                 bytes(chance.randrange(256) for _ in range(
                     chance.choice([0, 0, 5, 40]))), chance)
-            self.assertIsInstance(
-                self.outcome(chance.choice(self.POLICIES), server),
-                (qr.TlsFailed, qr.NextServer))
+            self.assertTrue(self.outcome(chance.choice(self.POLICIES),
+                                         server).try_next)
 
 
 # ------------------------------------------------------------ TLS: dialogues
@@ -13136,10 +13155,10 @@ try:
         control, qr.Message(0, False, control.timeoutremote))
     context.connect = lambda address, _, seconds: qr.connect(
         address.replace(b'192.0.2.', b'127.0.0.'), port, seconds)
-    report = qr.deliver(words[0], words[1], words[2:], control, context)
-except qr.Report as early:
-    report = early
-qr.write_output(qr.output_of(report))
+    result = qr.deliver(words[0], words[1], words[2:], control, context)
+except qr.LocalFault as fault:
+    result = qr.Result(fault.report)
+qr.write_output(qr.output_of(result))
 '''
 # The same without an ssl module; the program itself, without one.
 NO_SSL = '''
@@ -13933,7 +13952,8 @@ class Tickets(unittest.TestCase):
             body.flush()
             context = context_of(
                 tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                line=qr.Connection, tls_context=contexts, tickets=contexts,
+                connection=qr.Connection, tls_context=contexts,
+                tls_sessions=contexts,
                 tls_control=lambda name: qr.TlsControl(
                     trust, False, None, b''),
                 connect=lambda address, port, seconds: qr.connect(
@@ -13943,15 +13963,12 @@ class Tickets(unittest.TestCase):
                 os.lseek(body.fileno(), 0, os.SEEK_SET)
                 context.message = qr.Message(body.fileno())
                 name = other if other and turn % 2 else IP.encode()
-                try:
-                    report = qr.try_server(
-                        qr.Server(IP.encode(), 25, name, [], None, []),
-                        qr.Route(None, None, None), qr.Envelope(
-                            SENDER.encode(), [RECIPIENTS[0].encode()]),
-                        control_files(), context)
-                    reports.append(report.text + report.tail)
-                except qr.NextServer as failure:
-                    reports.append(failure.report)
+                result = qr.ServerTry(
+                    qr.Server(IP.encode(), 25, name, [], None, []),
+                    value_of(qr.Route), qr.Envelope(
+                        SENDER.encode(), [RECIPIENTS[0].encode()]),
+                    control_files(), context).run()
+                reports.append(result.report + result.tls_summary)
         self.assertIsNone(server.error, server.transcript)
         parts = '\n'.join(server.transcript).split('-- connection')
         return reports, ['resumed' if '-- resumed' in part else
