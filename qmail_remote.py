@@ -759,20 +759,27 @@ def write_some(output):
 
 
 class Trace:
-    """The terminal of somebody who looks on, or nobody's (fd None): what is
-    said appears at once, with a mark before each line.
+    """Shows on a terminal what the program does, as it happens.
 
-    wait is The line's; a terminal that is stopped or gone is left alone."""
-    SENT, HEARD, REMARK = b'>>> ', b'<<< ', b'--- '
+    fd          the descriptor of the terminal; None: nothing is shown
+    wait        as wait(), which section 12 defines
+    clock       seconds, as time.monotonic()
+    colours     {mark: what switches its colour on}; empty: no colours
+    plain       what switches a colour off
+
+    A terminal that is stopped or gone ends the trace, not the delivery.
+    Secrets must be hidden before: Dialogue.show() does it."""
+    SENT, RECEIVED, NOTE = b'>>> ', b'<<< ', b'--- '
 
     def __init__(self, fd=None, wait=None, clock=time.monotonic):
         self.fd, self.wait, self.clock = fd, wait, clock
         self.colours, self.plain = {}, b''
-        self.due, self.halfway = 0, False   # of the line of progress
+        self.next_progress = 0      # when to write the line of progress
+        self.progress_shown = False     # it stands where the cursor is
 
-    def colour(self):
-        """Colours, if the terminal has them (terminfo(5)) and nobody minds
-        (no-color.org)."""
+    def use_colours(self):
+        """Switches colours on if the terminal has eight (terminfo(5)) and
+        NO_COLOR is not set (no-color.org)."""
         if self.fd is None or os.environ.get(b'NO_COLOR'):
             return
         try:
@@ -782,41 +789,46 @@ class Trace:
                 return
             colour, self.plain = map(curses.tigetstr, ('setaf', 'sgr0'))
             self.colours = {mark: curses.tparm(colour, number) for
-                            mark, number in ((self.SENT, 6), (self.HEARD, 2),
+                            mark, number in ((self.SENT, 6),
+                                             (self.RECEIVED, 2),
                                              (b'<<< 4', 1), (b'<<< 5', 1))}
         except (ImportError, TypeError, ValueError, curses.error):
             self.colours, self.plain = {}, b''
 
-    def say(self, mark, text):
-        """Each line of text (bytes) with the mark; what is not printable
-        ASCII cannot play tricks with the terminal."""
+    def write(self, mark, text):
+        """Writes each line of text (bytes) after the mark.  Bytes that a
+        terminal could obey are shown as visible() does."""
         if self.fd is None:
             return
-        shown = b'\n' if self.halfway else b''
-        for line in text.rstrip(b'\n').split(b'\n'):
-            line = mark + visible(line)
+        lines = [mark + visible(line)
+                 for line in text.rstrip(b'\n').split(b'\n')]
+        shown = b'\n' if self.progress_shown else b''
+        for line in lines:
             colour = self.colours.get(line[:5], self.colours.get(mark, b''))
             shown += colour + line + (self.plain if colour else b'') + b'\n'
-        self.halfway = False
-        self._write(shown)
+        self.progress_shown = False
+        self._write_terminal(shown)
 
-    def transfer(self):
-        """A message begins to leave."""
-        self.due = self.clock() + PROGRESS_AFTER
+    def start_progress(self):
+        """The first bytes of a message are about to be sent."""
+        self.next_progress = self.clock() + PROGRESS_AFTER
 
     def progress(self, sent, size):
-        """How far it is, in bytes on the wire (size may be None), now and
-        then, on one line that overwrites itself."""
-        if self.fd is None or self.clock() < self.due:
+        """Shows that sent of size bytes are out, counted on the wire; size
+        is None if it is not known.  One line that is written again and
+        again, first after PROGRESS_AFTER, then every PROGRESS_EVERY."""
+        if self.fd is None or self.clock() < self.next_progress:
             return
-        text = self.REMARK + b'message: %.1f MB' % (sent / 1e6)
+        text = self.NOTE + b'message: %.1f MB' % (sent / 1e6)
         if size:
             text += b' of %.1f MB, %d %%' % (
                 size / 1e6, min(100 * sent // size, 100))
-        self.due, self.halfway = self.clock() + PROGRESS_EVERY, True
-        self._write(b'\r' + text.ljust(60))
+        self.next_progress = self.clock() + PROGRESS_EVERY
+        self.progress_shown = True
+        self._write_terminal(b'\r' + text.ljust(60))
 
-    def _write(self, data):
+    def _write_terminal(self, data):
+        """Writes all of data, or ends the trace."""
         try:
             while data:
                 self.wait((), (self.fd,), self.clock() + TRACE_TIMEOUT)
@@ -1689,7 +1701,7 @@ class Resolver:
 
     def _tell(self, name, qtype, lookup):
         if self.trace.fd is not None:
-            self.trace.say(Trace.REMARK, lookup_summary(name, qtype, lookup))
+            self.trace.write(Trace.NOTE, lookup_summary(name, qtype, lookup))
 
     def _resolve(self, name, qtype):
         config, links, authentic = self.config, 0, True
@@ -3593,7 +3605,7 @@ class Dialogue:
         reply = self.connection.reply(self.timeout)
         shown = self.redactor.auth_reply(reply) if self.sent == AUTH \
             else reply
-        self.show(Trace.HEARD, shown.text)
+        self.show(Trace.RECEIVED, shown.text)
         return reply
 
     def quit(self, before=b''):
@@ -3607,8 +3619,8 @@ class Dialogue:
     def show(self, mark, text):
         """A part of the dialogue for the trace, without secrets."""
         if self.trace.fd is not None:
-            self.trace.say(mark, self.redactor.hide(
-                text.replace(b'\r', b''), mark == Trace.HEARD))
+            self.trace.write(mark, self.redactor.hide(
+                text.replace(b'\r', b''), mark == Trace.RECEIVED))
 
 
 class TlsSetup(Record):
@@ -3768,7 +3780,7 @@ class Session:
         if policy.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
         self.tls_summary = layer.facts() + b', ' + checked + b'\n'
-        self.dialogue.trace.say(Trace.REMARK, b'TLS: ' + self.tls_summary)
+        self.dialogue.trace.write(Trace.NOTE, b'TLS: ' + self.tls_summary)
 
     def keep_ticket(self):
         """The TLS session can be resumed from now on: all went well."""
@@ -4054,7 +4066,7 @@ class Transaction:
         """The message and the final dot; the Result."""
         if self.facts.tls_failure:
             self.tls_summary = TLS_IN_THE_CLEAR % self.facts.tls_failure
-        self.dialogue.trace.transfer()
+        self.dialogue.trace.start_progress()
         held = b''              # so that the dot leaves with the last block
         for block in wire_form(self.message.blocks()):
             if not self.send_block(held):
@@ -4062,7 +4074,7 @@ class Transaction:
             held = block
         if not self.send_block(held + END_OF_DATA, END):
             return self.premature_reply()
-        self.dialogue.show(Trace.REMARK, b'message: %d bytes' %
+        self.dialogue.show(Trace.NOTE, b'message: %d bytes' %
                            (self.wire_bytes - len(END_OF_DATA)))
         self.dialogue.show(Trace.SENT, END_OF_DATA)
         return self.end_of_data_reply()
@@ -4109,7 +4121,7 @@ class Transaction:
         else:
             self.outcome = self.result(self.soften(MESSAGE_FAILED, reply),
                                        reply)
-        self.dialogue.show(Trace.HEARD, reply.text)
+        self.dialogue.show(Trace.RECEIVED, reply.text)
         self.dialogue.quit()
         return self.outcome
 
@@ -4209,7 +4221,7 @@ def deliver(host, sender, recipients, control, context):
     if not any(envelope.recipients):
         return Result(NO_RECIPIENT, [BAD_RECIPIENT for _ in recipients])
     route = choose_route(host, sender, control)
-    context.trace.say(Trace.REMARK,
+    context.trace.write(Trace.NOTE,
                       route_summary(host, sender, route, control))
     def find(hurry=False):
         return find_servers(host, route, context.resolver, context.is_own,
@@ -4237,7 +4249,7 @@ def try_servers(servers, attempt, trace=NO_TRACE):
         attempts.append(result)
         line = server.address + b': ' + result.diagnostic
         log += line + b'\n'
-        trace.say(Trace.REMARK, line)
+        trace.write(Trace.NOTE, line)
     else:
         result = best_refusal(attempts)
         if len(attempts) < 2:
@@ -4317,7 +4329,7 @@ class ServerTry:
         """The Result of one connection.  tls12: with TLS 1.2 at most;
         before: the TlsFailed of the connection before this one, or None."""
         server, context = self.server, self.context
-        context.trace.say(Trace.REMARK, b'server: %s, port %d (%s)' % (
+        context.trace.write(Trace.NOTE, b'server: %s, port %d (%s)' % (
             server.address, server.port, server.name))
         if context.tcpto.skip(server.address):
             return self.unreached(
@@ -4376,7 +4388,7 @@ class ServerTry:
 
     def tls_result(self, failed, policy):
         """The Result of a TlsFailed, if nothing else is tried."""
-        self.context.trace.say(Trace.REMARK, b'TLS failed: ' + failed.reason)
+        self.context.trace.write(Trace.NOTE, b'TLS failed: ' + failed.reason)
         if failed.silent and self.context.tls_sessions is not None:
             self.context.tls_sessions.hung(self.server.address)
         result = Result(
@@ -4973,7 +4985,7 @@ def run(argv):
     control, trace = read_control(), NO_TRACE
     if os.isatty(2):
         trace = Trace(2, wait)
-        trace.colour()
+        trace.use_colours()
     message = Message(0, 0 in closed, control.timeoutremote)
     return deliver(arguments[0], arguments[1], arguments[2:], control,
                    make_context(control, message, trace))

@@ -9031,7 +9031,7 @@ class Terminal(unittest.TestCase):
         """On one line, now and then, and only if it takes long."""
         clock, ours = VirtualClock(), os.pipe()
         trace = qr.Trace(ours[1], lambda *_: None, clock)
-        trace.transfer()
+        trace.start_progress()
         for after, sent, size in (
                 (0.9, 10, 4000000),             # not long yet
                 (0.2, 1000000, 4000000), (0.1, 1100000, 4000000),
@@ -9039,7 +9039,7 @@ class Terminal(unittest.TestCase):
                 (0.3, 4100000, 4000000)):       # an estimate
             clock.now += after
             trace.progress(sent, size)
-        trace.say(trace.SENT, b'.')
+        trace.write(trace.SENT, b'.')
         os.close(ours[1])
         with open(ours[0], 'rb') as pipe:
             lines = [line.rstrip() for line in pipe.read().split(b'\r')]
@@ -9057,9 +9057,9 @@ class Terminal(unittest.TestCase):
         ours = os.pipe()
         for wait in (full, lambda *_: os.close(ours[1])):
             trace = qr.Trace(ours[1], wait)
-            trace.say(trace.SENT, b'EHLO x')
+            trace.write(trace.SENT, b'EHLO x')
             self.assertIsNone(trace.fd)
-            trace.say(trace.SENT, b'more')
+            trace.write(trace.SENT, b'more')
             trace.progress(1, 2)
         os.close(ours[0])
 
