@@ -51,8 +51,8 @@ bench:
 # The manual in the program is its only source.  A paragraph that holds
 # examples keeps its lines.
 AWK = awk
-PAGE = sed -n '/^__doc__ = /,/^"""/{ /^__doc__/d; /^"""/d; p; }' \
-	qmail_remote.py | sed -e 's/\\\\/\\e/g' -e 's/-/\\-/g' \
+PAGE = sed -n '/^r"""/,/^"""/{ /^r*"""/d; p; }' \
+	qmail_remote.py | sed -e 's/\\/\\e/g' -e 's/-/\\-/g' \
 	-e "s/'/\\\\(aq/g" -e 's/`/\\(ga/g' -e 's/\^/\\(ha/g' \
 	-e 's/~/\\(ti/g' -e 's/^    \./    \\\&./' | \
 	$(AWK) 'BEGIN { RS = ""; FS = "\n"; \

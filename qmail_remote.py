@@ -66,393 +66,23 @@ exit 111
 # OR IN CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
 
 # ---------------------------------------------------------------- 1. Start
-# The manual, the version, the few modules that every run needs.
-
-__doc__ = """\
-NAME
-    qmail-remote - send mail via SMTP
-
-SYNOPSIS
-    qmail-remote host sender recip [recip ...]
-    qmail-rspawn
-
-DESCRIPTION
-    qmail-remote reads a mail message from its input and sends the message
-    to one or more recipients at a remote host.  qmail-rspawn runs it for
-    each remote delivery; if $QMAILREMOTE is set, qmail-rspawn (notqmail
-    1.08 and later) runs the program named there instead.
-
-    host is a domain name, or an IP address: 1.2.3.4, [1.2.3.4],
-    [2001:db8::1] or [IPv6:2001:db8::1].  The message goes to the mail
-    exchangers that the Domain Name System lists for host, best preference
-    first, or to host itself if there are none, over IPv4 and IPv6.
-    smtproutes and authsenders can name a relay instead.
-
-    Until one server has accepted the sender, whatever goes wrong there (no
-    connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
-    to the next one.  After that the server's word is final.  If no server is
-    left, the message bounces if each one that could be reached refused the
-    sender with 5xx; otherwise it is tried again later.  That a server does
-    not offer SMTPUTF8 counts as such a refusal, if the sender or all of the
-    recipients need it; if some do, the others are sent to.
-
-    TLS is used where the server offers STARTTLS; if it fails, the message
-    goes to the same address in the clear.  What is refused then with a code
-    X.7.x, which speaks of security, is tried again later.  On port 465 it is
-    used from the first byte, and nothing is sent without.  It is required,
-    and the certificate checked, where control/tlshosts says so, where
-    authentic TLSA records of the exchanger, or of a relay given by name, do
-    (DANE, RFC 7672, by the name servers 127.0.0.1, ::1 or 127.0.0.53, or any
-    with "options trust-ad" in resolv.conf(5)), and before a password on every
-    port but 25 and 26, unless it goes to this host itself (127.0.0.0/8,
-    ::1).  After a failure of TLS no password is
-    sent in the clear.
-
-    A handshake may take a minute, or timeoutremote if that is less.  If it
-    takes longer, or the line dies before the server has answered, it is tried
-    once more with TLS 1.2 at most, for some servers hang when they are offered
-    more.  Where a certificate is checked, TLS 1.2 is the least that is used.
-    Where nothing is checked, any TLS is better than none.
-
-    With PIPELINING the whole envelope leaves at once; SIZE, 8BITMIME and
-    SMTPUTF8 are used where they are offered.
-
-    If descriptor 2 is a terminal, qmail-remote shows there what it does:
-    --- the route, what DNS answers, the server, TLS, how far a long message
-    is; >>> what it says; <<< what the server says.  Passwords are left out,
-    bytes that a terminal could obey appear as \\x and two digits.
-
-    There are no options; getopt(3) is not followed.
-
-TRANSPARENCY
-    Each LF of the message becomes CR LF, a dot at the beginning of a line
-    is doubled.  CR LF in the message stays one line end, and a CR alone
-    ends a line too, so that no part of a message can be taken for the end
-    of it.  All other bytes go out as they are, NULs, 8-bit bytes and long
-    lines included.  A message that does not end with a newline cannot be
-    sent.
-
-    The domain of an address is sent as it is, never rewritten; a local
-    part that needs it is quoted.  An address with CR, LF or NUL, or with a
-    space, a control byte, < or > outside its local part, is refused and
-    never sent.
-
-RESULTS
-    qmail-remote prints one report for each recipient, in the order of the
-    arguments (fewer if the delivery fails), then one report for the
-    message; each ends with a NUL.  The first letter tells the outcome.
-
-    r   recipient report: accepted
-    h   recipient report: permanently refused
-    s   recipient report: temporarily refused
-    K   message report: the server has taken responsibility for the message
-        and every accepted recipient
-    Z   message report: temporary failure
-    D   message report: permanent failure
-
-    A description for a human reader follows.  When several servers were
-    tried, there is one line for each that failed.  User names and passwords
-    are cut out of what servers say; of a reply to AUTH, each line with a part
-    of a password.  The last line about a message that went
-    over TLS names the protocol, the cipher, and what is known of the
-    certificate: "certificate not checked", "verified", "pinned" or "DANE".
-    If TLS failed and the message went in the clear, it says so, and why:
-    "TLS failed: WHY, sent in the clear".
-
-    qmail-remote exits 0, always, unless Python cannot be started at all:
-    then 111, which qmail-rspawn reads as a temporary failure.
-
-SPAWNER
-    Run under the name qmail-rspawn, the program takes the place of that one:
-    it reads the commands of qmail-send, runs no qmail-remote, but delivers
-    itself, in processes that stay alive.  qmail-start starts it.
-
-    Recipients of one message with the same sender and the same host, whose
-    commands come within 5 milliseconds, go together, up to 50.  Each has a
-    report of his own.  Who has not got the message that way, but by himself
-    might have, is tried once more, alone: nobody bounces because of others.
-
-    A process makes up to 200 deliveries.  It ends after a minute without
-    any, and when a control file, resolv.conf(5) or the system's trust store
-    has changed.  Nothing is kept from one message to the next, but sessions
-    of TLS to be resumed, which name server answered, and which servers get
-    no more than TLS 1.2 because they hung.  If a process is killed, its
-    deliveries are deferred.
-
-    At the end of its input, or within seconds after the sh that started it
-    is killed, qmail-rspawn takes no more commands, finishes what has begun,
-    and exits 0; if it cannot start, 111.  If no process can be made,
-    deliveries wait for those that there are.  $QMAILREMOTE counts for
-    nothing here.
-
-REPORTS
-    IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
-    reply has a part in it, "Remote host said: " and the reply follow.
-
-    For good (D; h for one recipient):
-
-        I (qmail-remote) was invoked improperly. (#5.3.5)
-        Sorry, I couldn't find any host named HOST. (#5.1.2)
-        Sorry, I couldn't find a mail exchanger or IP address. (#5.4.4)
-        Sorry, HOST does not accept mail. (#5.1.10)
-        Sorry. Although I'm listed as a best-preference MX or A for that host,
-            it isn't in my control/locals file, so I don't treat it as local.
-            (#5.4.6)
-        SMTP cannot transfer messages with partial final lines. (#5.6.2)
-        Sorry, that sender address cannot be sent over SMTP. (#5.1.7)
-        Sorry, that address cannot be sent over SMTP. (#5.1.3)
-        Giving up: no address is left to send to. (#5.1.3)
-        IP does not take non-ASCII addresses, such as the sender's. (#5.6.7)
-        IP does not take non-ASCII addresses. (#5.6.7)
-
-    For now (s), because others of its recipients could be sent to:
-
-        IP does not take non-ASCII addresses. (#4.6.7)
-
-    By the server's reply for good (5xx: D, h) or for now (4xx: Z, s):
-
-        Connected to IP but sender was rejected.
-        IP does not like recipient.
-        Giving up on IP.
-        IP failed on DATA command.
-        IP failed after I sent the message.
-
-    For now (Z), because of this host, its control files or its network:
-
-        Unable to switch to home directory. (#4.3.0)
-        Unable to read control files. (#4.3.0)
-        I cannot send from ADDRESS, which is in control/outgoingip: WHY.
-            (#4.3.0)
-        Out of memory. (#4.3.0)
-        System resources temporarily unavailable. (#4.3.0)
-        I was told to stop. (#4.3.0)
-        Unable to read message. (#4.3.0)
-        Sorry, I couldn't find any host by that name. (#4.1.2)
-        Sorry, I couldn't find the relay HOST. (#4.4.4)
-        Sorry, I couldn't look up the TLSA records of HOST. (#4.4.3)
-
-    For now, because of the servers:
-
-        Sorry, I wasn't able to establish an SMTP connection. (#4.4.1)
-        Connected to IP but greeting failed.
-        Connected to IP but my name was rejected.
-        Connected to IP but connection died. (#4.4.2)
-        Connected to IP but connection died. Possible duplicate! (#4.4.2)
-        Connected to IP but authentication was rejected (WHAT).
-        Connected to IP but unable to base64decode challenge.
-        Connected to IP but unable to base64encode WHAT.
-        Connected to IP but TLS failed: WHY. (#4.7.5)
-        No password is sent without TLS, but control/notlshosts/HOST
-            forbids TLS on port PORT. (#4.7.5)
-
-    After a failure of TLS one of these may follow:
-
-        No password is sent in the clear after TLS has failed.
-        No password is sent to this port without TLS and a certificate that
-            can be verified.
-        To trust this relay, put its certificate, or its CA's, into
-            control/tlshosts/HOST.pem.
-        Only the certificates in control/tlshosts/HOST.pem are trusted for
-            this server.
-
-    Success (K):
-
-        IP accepted message.
-
-    A password for the relay was configured and could not be used.  With K
-    this comes first; all that the relay refuses is refused for now:
-
-        no supported AUTH method found, continuing without authentication.
-        the line of this route in the control files has no WHAT, continuing
-            without authentication.
-
-    From qmail-rspawn itself:
-
-        qmail-spawn out of memory. (#4.3.0)
-        qmail-spawn unable to open message. (#4.3.0)
-        qmail-spawn unable to fstat message. (#4.3.0)
-        qmail-spawn unable to create pipe. (#4.3.0)
-        qmail-spawn unable to fork. (#4.3.0)
-        qmail-remote crashed.
-        qmail-remote produced no output.
-        Sorry, message has wrong type. (#4.3.5)
-        Sorry, message has wrong owner. (#4.3.5)
-        Sorry, address must include host name. (#5.1.3)
-        Internal error: delnum too big. (#4.3.5)
-        Internal error: delnum in use. (#4.3.5)
-        Internal error: messid has nonnumerics. (#5.3.5)
-        Internal error: messid too long. (#5.3.5)
-        Internal error: messid too short. (#5.3.5)
-
-CONTROL FILES
-    All of them are in the directory control of the qmail home.  A file may
-    be absent.  One that cannot be read, is longer than 1 MiB or holds
-    nonsense defers all mail, and so does a symbolic link that leads nowhere.
-    In smtproutes and authsenders a blank at the beginning of a line or
-    before its colon is nonsense, in all files a byte order mark.
-
-    helohost
-        Name to greet with.  Default: me, if that is supplied; otherwise
-        qmail-remote refuses to run.
-
-    smtproutes
-        Artificial routes, one a line: domain:relay, domain:relay:port or
-        domain:relay:port|user|password.  If domain is host, the message
-        goes to relay, by the addresses of relay, without a look at its
-        mail exchangers.  relay may be a name, 1.2.3.4, [1.2.3.4] or
-        [2001:db8::1].  A domain that starts with a dot stands for all
-        names that end with it, an empty one for every host.  An empty
-        relay means: mail exchangers as usual (on port, if one is given).
-        Names are compared as DNS does it: the case, a final dot, UTF-8 or
-        Punycode do not matter.
-
-            inside.af.mil:firewall.af.mil:26
-            .af.mil:
-            :heaven.af.mil
-
-        The longest match counts: here inside.af.mil has its own relay, all
-        other names that end with .af.mil use their mail exchangers, and
-        everything else goes to heaven.af.mil.
-
-    authsenders
-        Relays and passwords by envelope sender, stronger than smtproutes:
-        sender:relay|user|password, sender:relay:port|user|password.  The
-        sender is tried as a whole, then each part of it that starts with
-        an @ or a dot, then the empty name, which matches every sender.  A
-        colon within brackets is a part of it: a@[IPv6:2001:db8::1]:relay.
-
-            @example.com|generic|passwd
-            .subdomain.example.com|other|otherpw
-            mail@example.com|test|testpass
-            info@example.com:smtp.example.com:26|other|otherpw
-            :mailrelay.example.com|e=mc2|testpass
-
-        The password is the rest of the line, | and : included.  Without a
-        relay (the first three lines) the route is that of smtproutes, and
-        the password goes to a relay named there.  A server that only the
-        Domain Name System named never gets a password; mail goes to it
-        without.  A line with a relay but without any | is a route only;
-        sender: alone means mail exchangers as usual.
-
-        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  If
-        the relay offers none of them, or the line lacks the user or the
-        password, mail goes without, here and in smtproutes, but nothing
-        that the relay refuses then bounces: it is tried again later.  This
-        file and smtproutes hold passwords: give them to root, group qmail,
-        mode 0640.
-
-    timeoutconnect
-        Seconds to wait for a server to accept a connection.  Default: 60.
-
-    timeoutremote
-        Seconds to wait for each reply of a server, whole, and for each
-        64 KiB of the message to leave.  Default: 1200.
-
-    moreipme, notipme
-        IP addresses, one a line, that are this host's besides those that
-        it can find out itself, and that are not this host's after all.
-        10.0.0.0/8 and 10.0.0.0/255.0.0.0 stand for whole networks.
-        Mail is never sent to an exchanger that is this host, nor to one
-        that is not preferred to it.
-
-    outgoingip
-        The address to connect from: one line with an IPv4 address, one with
-        an IPv6 address, or both; each counts for connections of its kind.
-        One that is no address, or not this host's, defers the mail, and the
-        report names it.  Default: the kernel's choice.
-
-    concurrencyspawn
-        How many deliveries qmail-rspawn can run at once, at most 255; what
-        conf-spawn is to the classic one, read when it starts.  Default: 120.
-        concurrencyremote, of qmail-send, counts if it is less.  If it
-        cannot be read then, it is 120 until the next start.
-
-    batch
-        How many recipients of a message qmail-rspawn puts into one delivery,
-        at most 50; 0 or 1: each has his own.  Default: 50.
-
-    tlshosts/NAME.pem
-        Certificates, in PEM form.  The exchanger or relay NAME (in lower
-        case; an address for a relay that is given as one) gets mail only
-        over TLS, and only with a certificate that is in this file, whatever
-        its name and age, or with one for NAME that comes from a CA in it.
-
-    notlshosts/NAME
-        If the file exists, no TLS with NAME.  tlshosts is stronger.
-
-    clientcert.pem
-        A certificate and its key, to show to servers that ask for one.
-        Give it to root, group qmail, mode 0640.
-
-    tlsclientciphers
-        The ciphers to use up to TLS 1.2, a list for OpenSSL, see
-        ciphers(1).
-
-    ../queue/lock/tcpto
-        Servers that recently timed out, shared with qmail-tcpto(8) and
-        qmail-tcpok(8).
-
-ENVIRONMENT
-    QMAILHOME   the qmail home, instead of /var/qmail
-    DNSCACHEIP  name servers, separated by blanks, instead of those in
-                /etc/resolv.conf: 127.0.0.1, ::1, 127.0.0.1:5353 or
-                [::1]:5353
-    NO_COLOR    if set to anything: no colours on a terminal
-    TERM        what colours the terminal has, see terminfo(5)
-    SSL_CERT_FILE, SSL_CERT_DIR, OPENSSL_CONF
-                are OpenSSL's: where the system's trusted certificates are,
-                and its defaults
-
-SECURITY
-    Nothing that an address, a message, a control file or a reply holds can
-    become a command.  No program is run.  Passwords are sent to relays that
-    the administrator named, nowhere else.  A relay on port 25 or 26 that is
-    not in tlshosts can be made to look as if it had no TLS, or another
-    certificate; use another port or tlshosts for a password.
-
-DIFFERENCES
-    From qmail-remote of qmail 1.03:
-
-    It says EHLO, and HELO only after a 5xx to that; it knows TLS, passwords,
-    PIPELINING, SIZE, 8BITMIME, SMTPUTF8 and IPv6 (after IPv4).
-
-    It goes on to the next server after whatever goes wrong before MAIL is
-    accepted, and reports each server that failed.
-
-    A CR alone ends a line, and CR LF is one line end.
-
-    timeoutremote is for each whole reply, and for each 64 KiB of the
-    message, not for each read.
-
-    It asks the name servers itself and checks their answers strictly; there
-    is no /etc/hosts, no search list.  A null MX (RFC 7505) bounces the mail.
-    A relay that DNS does not know defers it.
-
-    A reply is three digits from 200 to 599, of the same class on each line,
-    1 MiB at most; anything else is a dead line.  But in the reply to the
-    message, lines without digits after the first one are passed over.  530
-    is temporary; so is 552 to a recipient after others were accepted.  Only
-    354 opens the data phase.  A refusal in the middle of the message is
-    read, and is the verdict.
-
-    A partial final line is seen before connecting, if the input is a file.
-
-    An address is this host's own if a socket can be bound to it.
-
-    The recipient's domain is not replaced by what a CNAME says.  Bytes that
-    could become commands are not sent.
-
-    QUIT is sent and not waited for.  The exit status is 0 or 111.
-
-    From qmail-rspawn of qmail 1.03: no program is run.  A recipient's report
-    waits for those who go with him.  When it is killed, deliveries under way
-    stop within seconds and are deferred.  The number of deliveries at once
-    is in a control file.
-
-SEE ALSO
-    qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),
-    qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505, RFC 7672, RFC 8314
-"""
+# qmail-rspawn runs "qmail-remote host sender recip..." with a message on
+# descriptor 0, and reads from descriptor 1 what has become of it:
+#
+#   $ qmail_remote.py example.com me@example.org friend@example.com <message
+#   r\0K192.0.2.25 accepted message.\nRemote host said: 250 ok\n\0
+#
+# The way of a delivery: main() and run() read the arguments and the control
+# files (6); deliver() (15) takes a route and a list of servers from the
+# control files and DNS (7 to 9) and tries them in turn, each by a
+# Connection (12), a Session and a Transaction (14), until one of them gives
+# the Result (4) that is printed.  As qmail-rspawn the file stays in memory
+# and makes many deliveries (16).
+#
+# Sections: 2 Safety rules, 3 Limits, 4 Results, 5 Addresses, 6 Control
+# files, 7 DNS wire, 8 DNS lookups, 9 Routing, 10 TLS policy, 11 Replies,
+# 12 Connection, 13 Message, 14 Session, 15 Delivery, 16 Spawner, 17 Main,
+# 18 Manual.  No section uses a later one.
 
 # The C halves of os, struct, stat and socket have all that we need, and this
 # is the time to be mean: bare Python starts in 7 ms, os proper costs another
@@ -5036,6 +4666,397 @@ def main():
         write_output(output)
     os._exit(status)
 
+
+# -------------------------------------------------------------- 18. Manual
+# make qmail-remote.8 makes the manual page of what stands between the two
+# lines of quotes.  Python drops a string that nothing uses; and the last two
+# lines of the file run it, so that a file that was cut short does nothing.
+
+r"""
+NAME
+    qmail-remote - send mail via SMTP
+
+SYNOPSIS
+    qmail-remote host sender recip [recip ...]
+    qmail-rspawn
+
+DESCRIPTION
+    qmail-remote reads a mail message from its input and sends the message
+    to one or more recipients at a remote host.  qmail-rspawn runs it for
+    each remote delivery; if $QMAILREMOTE is set, qmail-rspawn (notqmail
+    1.08 and later) runs the program named there instead.
+
+    host is a domain name, or an IP address: 1.2.3.4, [1.2.3.4],
+    [2001:db8::1] or [IPv6:2001:db8::1].  The message goes to the mail
+    exchangers that the Domain Name System lists for host, best preference
+    first, or to host itself if there are none, over IPv4 and IPv6.
+    smtproutes and authsenders can name a relay instead.
+
+    Until one server has accepted the sender, whatever goes wrong there (no
+    connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
+    to the next one.  After that the server's word is final.  If no server is
+    left, the message bounces if each one that could be reached refused the
+    sender with 5xx; otherwise it is tried again later.  That a server does
+    not offer SMTPUTF8 counts as such a refusal, if the sender or all of the
+    recipients need it; if some do, the others are sent to.
+
+    TLS is used where the server offers STARTTLS; if it fails, the message
+    goes to the same address in the clear.  What is refused then with a code
+    X.7.x, which speaks of security, is tried again later.  On port 465 it is
+    used from the first byte, and nothing is sent without.  It is required,
+    and the certificate checked, where control/tlshosts says so, where
+    authentic TLSA records of the exchanger, or of a relay given by name, do
+    (DANE, RFC 7672, by the name servers 127.0.0.1, ::1 or 127.0.0.53, or any
+    with "options trust-ad" in resolv.conf(5)), and before a password on every
+    port but 25 and 26, unless it goes to this host itself (127.0.0.0/8,
+    ::1).  After a failure of TLS no password is
+    sent in the clear.
+
+    A handshake may take a minute, or timeoutremote if that is less.  If it
+    takes longer, or the line dies before the server has answered, it is tried
+    once more with TLS 1.2 at most, for some servers hang when they are offered
+    more.  Where a certificate is checked, TLS 1.2 is the least that is used.
+    Where nothing is checked, any TLS is better than none.
+
+    With PIPELINING the whole envelope leaves at once; SIZE, 8BITMIME and
+    SMTPUTF8 are used where they are offered.
+
+    If descriptor 2 is a terminal, qmail-remote shows there what it does:
+    --- the route, what DNS answers, the server, TLS, how far a long message
+    is; >>> what it says; <<< what the server says.  Passwords are left out,
+    bytes that a terminal could obey appear as \x and two digits.
+
+    There are no options; getopt(3) is not followed.
+
+TRANSPARENCY
+    Each LF of the message becomes CR LF, a dot at the beginning of a line
+    is doubled.  CR LF in the message stays one line end, and a CR alone
+    ends a line too, so that no part of a message can be taken for the end
+    of it.  All other bytes go out as they are, NULs, 8-bit bytes and long
+    lines included.  A message that does not end with a newline cannot be
+    sent.
+
+    The domain of an address is sent as it is, never rewritten; a local
+    part that needs it is quoted.  An address with CR, LF or NUL, or with a
+    space, a control byte, < or > outside its local part, is refused and
+    never sent.
+
+RESULTS
+    qmail-remote prints one report for each recipient, in the order of the
+    arguments (fewer if the delivery fails), then one report for the
+    message; each ends with a NUL.  The first letter tells the outcome.
+
+    r   recipient report: accepted
+    h   recipient report: permanently refused
+    s   recipient report: temporarily refused
+    K   message report: the server has taken responsibility for the message
+        and every accepted recipient
+    Z   message report: temporary failure
+    D   message report: permanent failure
+
+    A description for a human reader follows.  When several servers were
+    tried, there is one line for each that failed.  User names and passwords
+    are cut out of what servers say; of a reply to AUTH, each line with a part
+    of a password.  The last line about a message that went
+    over TLS names the protocol, the cipher, and what is known of the
+    certificate: "certificate not checked", "verified", "pinned" or "DANE".
+    If TLS failed and the message went in the clear, it says so, and why:
+    "TLS failed: WHY, sent in the clear".
+
+    qmail-remote exits 0, always, unless Python cannot be started at all:
+    then 111, which qmail-rspawn reads as a temporary failure.
+
+SPAWNER
+    Run under the name qmail-rspawn, the program takes the place of that one:
+    it reads the commands of qmail-send, runs no qmail-remote, but delivers
+    itself, in processes that stay alive.  qmail-start starts it.
+
+    Recipients of one message with the same sender and the same host, whose
+    commands come within 5 milliseconds, go together, up to 50.  Each has a
+    report of his own.  Who has not got the message that way, but by himself
+    might have, is tried once more, alone: nobody bounces because of others.
+
+    A process makes up to 200 deliveries.  It ends after a minute without
+    any, and when a control file, resolv.conf(5) or the system's trust store
+    has changed.  Nothing is kept from one message to the next, but sessions
+    of TLS to be resumed, which name server answered, and which servers get
+    no more than TLS 1.2 because they hung.  If a process is killed, its
+    deliveries are deferred.
+
+    At the end of its input, or within seconds after the sh that started it
+    is killed, qmail-rspawn takes no more commands, finishes what has begun,
+    and exits 0; if it cannot start, 111.  If no process can be made,
+    deliveries wait for those that there are.  $QMAILREMOTE counts for
+    nothing here.
+
+REPORTS
+    IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
+    reply has a part in it, "Remote host said: " and the reply follow.
+
+    For good (D; h for one recipient):
+
+        I (qmail-remote) was invoked improperly. (#5.3.5)
+        Sorry, I couldn't find any host named HOST. (#5.1.2)
+        Sorry, I couldn't find a mail exchanger or IP address. (#5.4.4)
+        Sorry, HOST does not accept mail. (#5.1.10)
+        Sorry. Although I'm listed as a best-preference MX or A for that host,
+            it isn't in my control/locals file, so I don't treat it as local.
+            (#5.4.6)
+        SMTP cannot transfer messages with partial final lines. (#5.6.2)
+        Sorry, that sender address cannot be sent over SMTP. (#5.1.7)
+        Sorry, that address cannot be sent over SMTP. (#5.1.3)
+        Giving up: no address is left to send to. (#5.1.3)
+        IP does not take non-ASCII addresses, such as the sender's. (#5.6.7)
+        IP does not take non-ASCII addresses. (#5.6.7)
+
+    For now (s), because others of its recipients could be sent to:
+
+        IP does not take non-ASCII addresses. (#4.6.7)
+
+    By the server's reply for good (5xx: D, h) or for now (4xx: Z, s):
+
+        Connected to IP but sender was rejected.
+        IP does not like recipient.
+        Giving up on IP.
+        IP failed on DATA command.
+        IP failed after I sent the message.
+
+    For now (Z), because of this host, its control files or its network:
+
+        Unable to switch to home directory. (#4.3.0)
+        Unable to read control files. (#4.3.0)
+        I cannot send from ADDRESS, which is in control/outgoingip: WHY.
+            (#4.3.0)
+        Out of memory. (#4.3.0)
+        System resources temporarily unavailable. (#4.3.0)
+        I was told to stop. (#4.3.0)
+        Unable to read message. (#4.3.0)
+        Sorry, I couldn't find any host by that name. (#4.1.2)
+        Sorry, I couldn't find the relay HOST. (#4.4.4)
+        Sorry, I couldn't look up the TLSA records of HOST. (#4.4.3)
+
+    For now, because of the servers:
+
+        Sorry, I wasn't able to establish an SMTP connection. (#4.4.1)
+        Connected to IP but greeting failed.
+        Connected to IP but my name was rejected.
+        Connected to IP but connection died. (#4.4.2)
+        Connected to IP but connection died. Possible duplicate! (#4.4.2)
+        Connected to IP but authentication was rejected (WHAT).
+        Connected to IP but unable to base64decode challenge.
+        Connected to IP but unable to base64encode WHAT.
+        Connected to IP but TLS failed: WHY. (#4.7.5)
+        No password is sent without TLS, but control/notlshosts/HOST
+            forbids TLS on port PORT. (#4.7.5)
+
+    After a failure of TLS one of these may follow:
+
+        No password is sent in the clear after TLS has failed.
+        No password is sent to this port without TLS and a certificate that
+            can be verified.
+        To trust this relay, put its certificate, or its CA's, into
+            control/tlshosts/HOST.pem.
+        Only the certificates in control/tlshosts/HOST.pem are trusted for
+            this server.
+
+    Success (K):
+
+        IP accepted message.
+
+    A password for the relay was configured and could not be used.  With K
+    this comes first; all that the relay refuses is refused for now:
+
+        no supported AUTH method found, continuing without authentication.
+        the line of this route in the control files has no WHAT, continuing
+            without authentication.
+
+    From qmail-rspawn itself:
+
+        qmail-spawn out of memory. (#4.3.0)
+        qmail-spawn unable to open message. (#4.3.0)
+        qmail-spawn unable to fstat message. (#4.3.0)
+        qmail-spawn unable to create pipe. (#4.3.0)
+        qmail-spawn unable to fork. (#4.3.0)
+        qmail-remote crashed.
+        qmail-remote produced no output.
+        Sorry, message has wrong type. (#4.3.5)
+        Sorry, message has wrong owner. (#4.3.5)
+        Sorry, address must include host name. (#5.1.3)
+        Internal error: delnum too big. (#4.3.5)
+        Internal error: delnum in use. (#4.3.5)
+        Internal error: messid has nonnumerics. (#5.3.5)
+        Internal error: messid too long. (#5.3.5)
+        Internal error: messid too short. (#5.3.5)
+
+CONTROL FILES
+    All of them are in the directory control of the qmail home.  A file may
+    be absent.  One that cannot be read, is longer than 1 MiB or holds
+    nonsense defers all mail, and so does a symbolic link that leads nowhere.
+    In smtproutes and authsenders a blank at the beginning of a line or
+    before its colon is nonsense, in all files a byte order mark.
+
+    helohost
+        Name to greet with.  Default: me, if that is supplied; otherwise
+        qmail-remote refuses to run.
+
+    smtproutes
+        Artificial routes, one a line: domain:relay, domain:relay:port or
+        domain:relay:port|user|password.  If domain is host, the message
+        goes to relay, by the addresses of relay, without a look at its
+        mail exchangers.  relay may be a name, 1.2.3.4, [1.2.3.4] or
+        [2001:db8::1].  A domain that starts with a dot stands for all
+        names that end with it, an empty one for every host.  An empty
+        relay means: mail exchangers as usual (on port, if one is given).
+        Names are compared as DNS does it: the case, a final dot, UTF-8 or
+        Punycode do not matter.
+
+            inside.af.mil:firewall.af.mil:26
+            .af.mil:
+            :heaven.af.mil
+
+        The longest match counts: here inside.af.mil has its own relay, all
+        other names that end with .af.mil use their mail exchangers, and
+        everything else goes to heaven.af.mil.
+
+    authsenders
+        Relays and passwords by envelope sender, stronger than smtproutes:
+        sender:relay|user|password, sender:relay:port|user|password.  The
+        sender is tried as a whole, then each part of it that starts with
+        an @ or a dot, then the empty name, which matches every sender.  A
+        colon within brackets is a part of it: a@[IPv6:2001:db8::1]:relay.
+
+            @example.com|generic|passwd
+            .subdomain.example.com|other|otherpw
+            mail@example.com|test|testpass
+            info@example.com:smtp.example.com:26|other|otherpw
+            :mailrelay.example.com|e=mc2|testpass
+
+        The password is the rest of the line, | and : included.  Without a
+        relay (the first three lines) the route is that of smtproutes, and
+        the password goes to a relay named there.  A server that only the
+        Domain Name System named never gets a password; mail goes to it
+        without.  A line with a relay but without any | is a route only;
+        sender: alone means mail exchangers as usual.
+
+        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  If
+        the relay offers none of them, or the line lacks the user or the
+        password, mail goes without, here and in smtproutes, but nothing
+        that the relay refuses then bounces: it is tried again later.  This
+        file and smtproutes hold passwords: give them to root, group qmail,
+        mode 0640.
+
+    timeoutconnect
+        Seconds to wait for a server to accept a connection.  Default: 60.
+
+    timeoutremote
+        Seconds to wait for each reply of a server, whole, and for each
+        64 KiB of the message to leave.  Default: 1200.
+
+    moreipme, notipme
+        IP addresses, one a line, that are this host's besides those that
+        it can find out itself, and that are not this host's after all.
+        10.0.0.0/8 and 10.0.0.0/255.0.0.0 stand for whole networks.
+        Mail is never sent to an exchanger that is this host, nor to one
+        that is not preferred to it.
+
+    outgoingip
+        The address to connect from: one line with an IPv4 address, one with
+        an IPv6 address, or both; each counts for connections of its kind.
+        One that is no address, or not this host's, defers the mail, and the
+        report names it.  Default: the kernel's choice.
+
+    concurrencyspawn
+        How many deliveries qmail-rspawn can run at once, at most 255; what
+        conf-spawn is to the classic one, read when it starts.  Default: 120.
+        concurrencyremote, of qmail-send, counts if it is less.  If it
+        cannot be read then, it is 120 until the next start.
+
+    batch
+        How many recipients of a message qmail-rspawn puts into one delivery,
+        at most 50; 0 or 1: each has his own.  Default: 50.
+
+    tlshosts/NAME.pem
+        Certificates, in PEM form.  The exchanger or relay NAME (in lower
+        case; an address for a relay that is given as one) gets mail only
+        over TLS, and only with a certificate that is in this file, whatever
+        its name and age, or with one for NAME that comes from a CA in it.
+
+    notlshosts/NAME
+        If the file exists, no TLS with NAME.  tlshosts is stronger.
+
+    clientcert.pem
+        A certificate and its key, to show to servers that ask for one.
+        Give it to root, group qmail, mode 0640.
+
+    tlsclientciphers
+        The ciphers to use up to TLS 1.2, a list for OpenSSL, see
+        ciphers(1).
+
+    ../queue/lock/tcpto
+        Servers that recently timed out, shared with qmail-tcpto(8) and
+        qmail-tcpok(8).
+
+ENVIRONMENT
+    QMAILHOME   the qmail home, instead of /var/qmail
+    DNSCACHEIP  name servers, separated by blanks, instead of those in
+                /etc/resolv.conf: 127.0.0.1, ::1, 127.0.0.1:5353 or
+                [::1]:5353
+    NO_COLOR    if set to anything: no colours on a terminal
+    TERM        what colours the terminal has, see terminfo(5)
+    SSL_CERT_FILE, SSL_CERT_DIR, OPENSSL_CONF
+                are OpenSSL's: where the system's trusted certificates are,
+                and its defaults
+
+SECURITY
+    Nothing that an address, a message, a control file or a reply holds can
+    become a command.  No program is run.  Passwords are sent to relays that
+    the administrator named, nowhere else.  A relay on port 25 or 26 that is
+    not in tlshosts can be made to look as if it had no TLS, or another
+    certificate; use another port or tlshosts for a password.
+
+DIFFERENCES
+    From qmail-remote of qmail 1.03:
+
+    It says EHLO, and HELO only after a 5xx to that; it knows TLS, passwords,
+    PIPELINING, SIZE, 8BITMIME, SMTPUTF8 and IPv6 (after IPv4).
+
+    It goes on to the next server after whatever goes wrong before MAIL is
+    accepted, and reports each server that failed.
+
+    A CR alone ends a line, and CR LF is one line end.
+
+    timeoutremote is for each whole reply, and for each 64 KiB of the
+    message, not for each read.
+
+    It asks the name servers itself and checks their answers strictly; there
+    is no /etc/hosts, no search list.  A null MX (RFC 7505) bounces the mail.
+    A relay that DNS does not know defers it.
+
+    A reply is three digits from 200 to 599, of the same class on each line,
+    1 MiB at most; anything else is a dead line.  But in the reply to the
+    message, lines without digits after the first one are passed over.  530
+    is temporary; so is 552 to a recipient after others were accepted.  Only
+    354 opens the data phase.  A refusal in the middle of the message is
+    read, and is the verdict.
+
+    A partial final line is seen before connecting, if the input is a file.
+
+    An address is this host's own if a socket can be bound to it.
+
+    The recipient's domain is not replaced by what a CNAME says.  Bytes that
+    could become commands are not sent.
+
+    QUIT is sent and not waited for.  The exit status is 0 or 111.
+
+    From qmail-rspawn of qmail 1.03: no program is run.  A recipient's report
+    waits for those who go with him.  When it is killed, deliveries under way
+    stop within seconds and are deferred.  The number of deliveries at once
+    is in a control file.
+
+SEE ALSO
+    qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),
+    qmail-tcpto(8), RFC 5321, RFC 4954, RFC 7505, RFC 7672, RFC 8314
+"""
 
 if __name__ == '__main__':
     main()
