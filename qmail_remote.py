@@ -2032,15 +2032,52 @@ WEAK_CIPHERS = b'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:ECDHE:' \
 
 
 class TlsPolicy(Record):
-    """wanted: try it if it is offered; required: nothing is sent without.
-    check: how the certificate is checked, trust with what:
-    NOTHING, None; SYSTEM, None (the system's trust store); FILE, PEM bytes;
-    PINNED, PEM bytes that must hold the server's own certificate, whatever
-    its name and age; DANE, TLSA records; ANCHORS, certificates in DER."""
-    __slots__ = ('wanted', 'required', 'check', 'trust')
-    NOTHING, SYSTEM, FILE, PINNED, DANE, ANCHORS = \
-        'nothing', 'system', 'file', 'pinned', 'dane', 'anchors'
-    NO_TICKETS = PINNED, DANE, ANCHORS
+    """How a connection uses TLS, and what the server must prove.
+
+    level       what trust holds, and what that means
+    CLEAR       None: no TLS
+    IF_OFFERED  None: TLS if the server offers it, with any certificate
+    UNCHECKED   None: TLS or nothing is sent, with any certificate
+    SYSTEM      None: a certificate that the system's trust store verifies
+    FILE        PEM: one that the certificates in it verify, or one of them
+    PINNED      PEM: one of those in it, whatever its name and age
+    DANE        TLSA records: a certificate that they name, or whose issuer
+    ANCHORS     certificates (DER), that DANE found: one that they verify
+    CONFLICT    None: a password needs TLS, control/notlshosts forbids it
+
+    From UNCHECKED on nothing is sent without TLS, from SYSTEM to ANCHORS
+    nothing without a certificate that was verified."""
+    __slots__ = ('level', 'trust')
+    level: str
+    trust: object
+    CLEAR, IF_OFFERED, UNCHECKED = 'clear', 'if offered', 'unchecked'
+    SYSTEM, FILE, PINNED, DANE, ANCHORS = \
+        'system', 'file', 'pinned', 'dane', 'anchors'
+    CONFLICT = 'conflict'
+
+    @property
+    def wanted(self):
+        """Whether TLS is used if the server has it."""
+        return self.level not in (self.CLEAR, self.CONFLICT)
+
+    @property
+    def required(self):
+        """Whether nothing is sent without TLS."""
+        return self.level not in (self.CLEAR, self.IF_OFFERED)
+
+    @property
+    def verified(self):
+        """Whether the server's certificate must be verified."""
+        return self.level in (self.SYSTEM, self.FILE, self.PINNED, self.DANE,
+                              self.ANCHORS)
+
+    @property
+    def may_resume(self):
+        """Whether a TLS session may be resumed.  What a resumed session
+        proves is what the first one proved.  DANE must check anew, because
+        the TLSA records may have changed, and so must what is tried after a
+        failure."""
+        return self.level not in (self.PINNED, self.DANE, self.ANCHORS)
 
 
 def must_verify(server):
@@ -2057,36 +2094,39 @@ def choose_tls(server, password, control):
     and usable TLSA records before the system's trust store."""
     verify = password and must_verify(server)
     if control.pem is not None:
-        return TlsPolicy(True, True, TlsPolicy.FILE, control.pem)
+        return TlsPolicy(TlsPolicy.FILE, control.pem)
     if control.never:
-        return TlsPolicy(False, verify, TlsPolicy.NOTHING, None)
+        return TlsPolicy(TlsPolicy.CONFLICT if verify else TlsPolicy.CLEAR,
+                         None)
     usable = [record for record in server.tlsa if dane_usable(record)]
     if usable:
-        return TlsPolicy(True, True, TlsPolicy.DANE, usable)
+        return TlsPolicy(TlsPolicy.DANE, usable)
     if verify:
-        return TlsPolicy(True, True, TlsPolicy.SYSTEM, None)
-    return TlsPolicy(True, bool(server.tlsa), TlsPolicy.NOTHING, None)
+        return TlsPolicy(TlsPolicy.SYSTEM, None)
+    return TlsPolicy(TlsPolicy.UNCHECKED if server.tlsa
+                     else TlsPolicy.IF_OFFERED, None)    # RFC 7672 2.2
 
 
 def last_policy(policy, failed, port, password):
-    """What the last connection to an address may try after TlsFailed: with
-    the anchors that DANE found; whether the certificate is the very one in
-    tlshosts; in the clear if nothing speaks against it.  None: nothing."""
+    """The TlsPolicy of the last connection to an address, after TlsFailed:
+    with the issuers that DANE found; or only to see whether the certificate
+    is one of those in tlshosts; or in the clear, if nothing forbids it.
+    None if there is to be no other connection."""
     if failed.anchors:
-        return TlsPolicy(True, True, TlsPolicy.ANCHORS, failed.anchors)
-    if failed.certificate and policy.check == TlsPolicy.FILE:
-        return TlsPolicy(True, True, TlsPolicy.PINNED, policy.trust)
+        return TlsPolicy(TlsPolicy.ANCHORS, failed.anchors)
+    if failed.certificate and policy.level == TlsPolicy.FILE:
+        return TlsPolicy(TlsPolicy.PINNED, policy.trust)
     if policy.required or password or port == PORT_SMTPS:
-        return None
-    return TlsPolicy(False, False, TlsPolicy.NOTHING, None)
+        return None             # rule 2
+    return TlsPolicy(TlsPolicy.CLEAR, None)
 
 
 def tls_hint(policy, failed, password, name):
     """What an administrator can do about failed TLS: trust another
     certificate, but only if it was the certificate that failed."""
-    if policy.check == TlsPolicy.FILE and failed.certificate:
+    if policy.level == TlsPolicy.FILE and failed.certificate:
         return TLS_FILE % name
-    if policy.check == TlsPolicy.SYSTEM:
+    if policy.level == TlsPolicy.SYSTEM:
         return TLS_PASSWORD + (TLS_TRUST % name if failed.certificate
                                else b'')
     return TLS_CLEAR if password and not policy.required else b''
@@ -2139,24 +2179,24 @@ def tls_context(policy, control, tls12=False):
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
-    weak = policy.check == TlsPolicy.NOTHING
+    weak = not policy.verified
     limit_protocols(context, weak, tls12)
     try:
         choose_ciphers(context, weak, control.ciphers)
         if control.cert:        # OpenSSL opens it; there is no other way
             context.load_cert_chain(control.cert.decode('ascii'),
                                     password=lambda: '')
-        if policy.check == TlsPolicy.FILE:
+        if policy.level == TlsPolicy.FILE:
             context.load_verify_locations(
                 cadata=policy.trust.decode('ascii', 'ignore'))
     except (OSError, ValueError):       # SSLError is an OSError
         raise LocalFault(NO_CONTROL)
-    if policy.check in (TlsPolicy.NOTHING, TlsPolicy.PINNED, TlsPolicy.DANE):
+    if weak or policy.level in (TlsPolicy.PINNED, TlsPolicy.DANE):
         return context          # Session.verify_peer() sees to the others
-    if policy.check == TlsPolicy.SYSTEM:
+    if policy.level == TlsPolicy.SYSTEM:
         context.set_default_verify_paths()
     else:
-        if policy.check == TlsPolicy.ANCHORS:
+        if policy.level == TlsPolicy.ANCHORS:
             for certificate in policy.trust:
                 try:
                     context.load_verify_locations(cadata=certificate)
@@ -2166,7 +2206,7 @@ def tls_context(policy, control, tls12=False):
         context.verify_flags |= X509_PARTIAL_CHAIN
     context.verify_mode = ssl.CERT_REQUIRED
     # Of several names OpenSSL could check one; Session.verify_peer() does.
-    context.check_hostname = policy.check != TlsPolicy.ANCHORS
+    context.check_hostname = policy.level != TlsPolicy.ANCHORS
     return context
 
 
@@ -2182,9 +2222,9 @@ class TlsContexts:
 
     def __call__(self, policy, control, tls12=False):
         """As tls_context()."""
-        if policy.check in TlsPolicy.NO_TICKETS:
+        if not policy.may_resume:
             return tls_context(policy, control, tls12)
-        key = policy.check, policy.trust, control.cert, control.ciphers, tls12
+        key = policy.level, policy.trust, control.cert, control.ciphers, tls12
         if key not in self.kept:
             if len(self.kept) >= TLS_KEPT:
                 self.kept, self.tickets = {}, {}
@@ -3373,15 +3413,14 @@ class Session:
 
     def secure(self, context):
         """The handshake, with the check of the certificate."""
-        check, name = self.tls.policy.check, self.server.name
-        if check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+        policy, name = self.tls.policy, self.server.name
+        if policy.level in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             name = self.server.tlsa_name
-        elif canonical(name) and check in (TlsPolicy.NOTHING,
-                                           TlsPolicy.PINNED):
+        elif canonical(name) and (not policy.verified or
+                                  policy.level == TlsPolicy.PINNED):
             name = None                     # RFC 6066 3: no address in SNI
         kept = None
-        if self.tls.sessions is not None and \
-                check not in TlsPolicy.NO_TICKETS:
+        if self.tls.sessions is not None and policy.may_resume:
             self.ticket = context, self.server.address, self.server.port, name
             kept = self.tls.sessions.find(self.ticket)
         self.dialogue.connection.start_tls(
@@ -3393,21 +3432,21 @@ class Session:
         """The check of the certificate, as far as OpenSSL leaves it to us,
         and its words for the report.  Raises TlsFailed."""
         policy, checked = self.tls.policy, b'verified'
-        if policy.check == TlsPolicy.NOTHING:
+        if not policy.verified:
             checked = b'certificate not checked'
-        elif policy.check == TlsPolicy.DANE:
+        elif policy.level == TlsPolicy.DANE:
             dane_check(policy.trust, shown_chain(layer.ssl_object))
-        elif policy.check in (TlsPolicy.FILE, TlsPolicy.PINNED):
+        elif policy.level in (TlsPolicy.FILE, TlsPolicy.PINNED):
             if layer.ssl_object.getpeercert(True) in \
                     pem_certificates(policy.trust):
                 checked = b'pinned'
-            elif policy.check == TlsPolicy.PINNED:
+            elif policy.level == TlsPolicy.PINNED:
                 raise TlsFailed(b'certificate not in tlshosts')
-        elif policy.check == TlsPolicy.ANCHORS and not is_for(
+        elif policy.level == TlsPolicy.ANCHORS and not is_for(
                 layer.ssl_object.getpeercert(),
                 self.server.reference_names()):
             raise TlsFailed(b'the certificate is for other names')
-        if policy.check in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
+        if policy.level in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
             checked = b'DANE'
         self.tls_summary = layer.facts() + b', ' + checked + b'\n'
         self.dialogue.trace.write(Trace.NOTE, b'TLS: ' + self.tls_summary)
@@ -3459,7 +3498,7 @@ class Session:
         """Rules 1 and 2 again, at the edge: choose_route() and choose_tls()
         have seen to both.  Raises LocalFault rather than send a password to
         a server that no route names, or without the TLS that it needs."""
-        unchecked = self.tls.policy.check == TlsPolicy.NOTHING
+        unchecked = not self.tls.policy.verified
         if self.route.relay is None or \
                 (self.tls_failure and not self.encrypted) or \
                 (must_verify(self.server) and
@@ -3921,7 +3960,7 @@ class ServerTry:
             return Result(TLSA_SOFT % server.name, try_next=True,
                           reached=False, diagnostic=b'TLSA lookup failed')
         policy = choose_tls(server, self.has_password(), files)
-        if policy.required and not policy.wanted:
+        if policy.level == TlsPolicy.CONFLICT:
             return Result(
                 TLS_FORBIDDEN % (server.name, server.port), try_next=True,
                 diagnostic=b'TLS forbidden by control/notlshosts')
@@ -3951,7 +3990,7 @@ class ServerTry:
         if last is None:
             return result
         final = self.connection(last, tls12, failed)
-        if final.tls_failed is not None and last.check == TlsPolicy.PINNED:
+        if final.tls_failed is not None and last.level == TlsPolicy.PINNED:
             return result       # it was only to see whether it is that one
         return final
 
@@ -4215,8 +4254,8 @@ def read_worker_config(store):
         return WorkerConfig(fault.report, contexts, None, None)
     try:
         files = read_tls_defaults()
-        for check in TlsPolicy.NOTHING, TlsPolicy.SYSTEM:
-            contexts(TlsPolicy(True, False, check, None), files)
+        for level in TlsPolicy.IF_OFFERED, TlsPolicy.SYSTEM:
+            contexts(TlsPolicy(level, None), files)
     except (ImportError, LocalFault):
         pass                    # each delivery will see what becomes of it
     return WorkerConfig(control, contexts, signature, None)

@@ -5464,7 +5464,7 @@ class FuzzServer:
             self.read = self.read_tls
 
     def start_tls(self, check):
-        """A handshake that went well; check is as in TlsPolicy."""
+        """A handshake that went well; check is the level of the TlsPolicy."""
         self.over_tls, self.read = check, self.read_command
         if self.case.port == 465:
             self.answer(220, refused=(421, 450, 554, 250))
@@ -5878,7 +5878,7 @@ class FuzzCase(FuzzClock):
         return FuzzLine(sock, self.wait, self.clock)
 
     def tls_context(self, policy, control, tls12):
-        self.check = policy.check
+        self.check = policy.level
         return qr.tls_context(policy, control, tls12)
 
     def tls_control(self, name):
@@ -5968,7 +5968,8 @@ class FuzzCase(FuzzClock):
                      not any(secret in server.sock.sent
                              for server in self.servers
                              if server.over_tls in (
-                                 None, qr.TlsPolicy.NOTHING)),
+                                 None, qr.TlsPolicy.IF_OFFERED,
+                                 qr.TlsPolicy.UNCHECKED)),
                      'a secret without verified TLS')
         for text in self.reports + [self.text]:
             if b'authentication was rejected' in text:
@@ -10379,12 +10380,11 @@ class Spawn(unittest.TestCase):
             'before = set(sys.modules)\n'
             'plain = qr.TlsControl(None, False, None, b"")\n'
             'import ssl\n'
-            'for check in qr.TlsPolicy.NOTHING, qr.TlsPolicy.SYSTEM:\n'
-            '    policy = qr.TlsPolicy(True, True, check, None)\n'
+            'for level in qr.TlsPolicy.IF_OFFERED, qr.TlsPolicy.SYSTEM:\n'
+            '    policy = qr.TlsPolicy(level, None)\n'
             '    layer = qr.TlsLayer(qr.tls_context(policy, plain), b"x.y")\n'
             '    layer.handshake()\n'
-            'qr.tls_context(qr.TlsPolicy(True, True, qr.TlsPolicy.FILE, '
-            '%r), plain)\n'
+            'qr.tls_context(qr.TlsPolicy(qr.TlsPolicy.FILE, %r), plain)\n'
             'qr.hmac_md5(b"a", b"b"), qr.unbase64(b"YQ==")\n'
             'qr.wire_name("\u00e4".encode("utf-8"))\n'
             'for matching in 1, 2:\n'
@@ -11995,7 +11995,7 @@ class Parameters(Dialogues):
         self.play(rows)
 
 
-UNENCRYPTED = qr.TlsPolicy(False, False, qr.TlsPolicy.NOTHING, None)
+UNENCRYPTED = qr.TlsPolicy(qr.TlsPolicy.CLEAR, None)
 PASSWORD_ROUTE = value_of(qr.Route, relay=b'127.0.0.2',
                           credentials=(b'u', b'p'))
 
@@ -12263,11 +12263,12 @@ class Survey(Tables):
 
     def test_no_password_without_verified_tls(self):
         """The last guard, whatever choose_tls() may have made of it."""
-        for encrypted, check in ((False, qr.TlsPolicy.SYSTEM),
-                                 (True, qr.TlsPolicy.NOTHING),
-                                 (False, qr.TlsPolicy.NOTHING)):
+        for encrypted, level in ((False, qr.TlsPolicy.SYSTEM),
+                                 (True, qr.TlsPolicy.UNCHECKED),
+                                 (True, qr.TlsPolicy.IF_OFFERED),
+                                 (False, qr.TlsPolicy.CLEAR)):
             session = self.session(
-                [], [], qr.TlsPolicy(True, True, check, None),
+                [], [], qr.TlsPolicy(level, None),
                 server_at(b'192.0.2.1', 2525), [b'PLAIN'])
             session.encrypted = encrypted
             self.check(qr.NO_RESOURCES, session.authenticate)
@@ -12393,14 +12394,13 @@ KNOWN_KEYS.update(dict.fromkeys(('expired', 'below', 'other', 'client'),
 CHAINS = qr.can_show_chain()        # this Python shows what a server shows
 
 PEM_FILE = pem('ca').encode()
-NOTHING, SYSTEM, FILE, PINNED, DANE, ANCHORS = [
+FILE, PINNED, DANE, ANCHORS = [
     getattr(qr.TlsPolicy, name)
-    for name in ('NOTHING', 'SYSTEM', 'FILE', 'PINNED', 'DANE', 'ANCHORS')]
-IF_OFFERED = qr.TlsPolicy(True, False, NOTHING, None)
-UNCHECKED = qr.TlsPolicy(True, True, NOTHING, None)
-BY_SYSTEM = qr.TlsPolicy(True, True, SYSTEM, None)
-BY_FILE = qr.TlsPolicy(True, True, FILE, PEM_FILE)
-IN_THE_CLEAR = qr.TlsPolicy(False, False, NOTHING, None)
+    for name in ('FILE', 'PINNED', 'DANE', 'ANCHORS')]
+IN_THE_CLEAR, IF_OFFERED, UNCHECKED, BY_SYSTEM, CONFLICT = [
+    qr.TlsPolicy(getattr(qr.TlsPolicy, name), None) for name in (
+        'CLEAR', 'IF_OFFERED', 'UNCHECKED', 'SYSTEM', 'CONFLICT')]
+BY_FILE = qr.TlsPolicy(FILE, PEM_FILE)
 
 
 class TlsTables(Tables):
@@ -12439,8 +12439,7 @@ class TlsTables(Tables):
     def test_choose_tls(self):
         right = (3, 1, 1, bytes(32))
         useless = (0, 0, 1, bytes(32))
-        by_dane = qr.TlsPolicy(True, True, DANE, [right])
-        never = qr.TlsPolicy(False, True, NOTHING, None)
+        by_dane = qr.TlsPolicy(DANE, [right])
         for port, password, records, pem_data, forbidden, policy in [
                 # port, password, TLSA, tlshosts, notlshosts
                 (25, False, [], None, False, IF_OFFERED),
@@ -12462,9 +12461,9 @@ class TlsTables(Tables):
                 (25, True, [], None, True, IN_THE_CLEAR),
                 (25, False, [right], None, True, IN_THE_CLEAR),
                 (25, False, None, None, True, IN_THE_CLEAR),
-                (587, True, [], None, True, never),
-                (465, True, [], None, True, never),
-                (2525, True, [right], None, True, never),
+                (587, True, [], None, True, CONFLICT),
+                (465, True, [], None, True, CONFLICT),
+                (2525, True, [right], None, True, CONFLICT),
                 (25, False, [right], None, False, by_dane),
                 (25, False, [useless, right], None, False, by_dane),
                 (25, False, [useless], None, False, UNCHECKED),
@@ -12479,17 +12478,32 @@ class TlsTables(Tables):
                 b'127.0.0.1', port), True,
                 qr.TlsControl(None, False, None, b''))
 
+    def test_levels(self):
+        """What each level of a TlsPolicy means: TLS is used, required, the
+        certificate verified, a TLS session may be resumed."""
+        for level, meaning in [
+                ('CLEAR', '---r'), ('IF_OFFERED', 'w--r'),
+                ('UNCHECKED', 'wm-r'), ('SYSTEM', 'wmvr'), ('FILE', 'wmvr'),
+                ('PINNED', 'wmv-'), ('DANE', 'wmv-'), ('ANCHORS', 'wmv-'),
+                ('CONFLICT', '-m-r')]:
+            policy = qr.TlsPolicy(getattr(qr.TlsPolicy, level), None)
+            with self.subTest(level):
+                self.assertEqual(meaning, ''.join(
+                    letter if holds else '-' for letter, holds in zip('wmvr', (
+                        policy.wanted, policy.required, policy.verified,
+                        policy.may_resume))))
+
     def test_an_empty_file_is_no_absent_file(self):
-        policy = qr.TlsPolicy(True, True, FILE, b'')
+        policy = qr.TlsPolicy(FILE, b'')
         self.check(policy, qr.choose_tls, server_at(b'192.0.2.1', 25), False,
                    qr.TlsControl(b'', False, None, b''))
 
     def test_last_policy(self):
         failed, bad = qr.TlsFailed(b'no'), qr.TlsFailed(b'no', (), True)
         found = qr.TlsFailed(b'no', [b'certificate'])
-        by_anchors = qr.TlsPolicy(True, True, ANCHORS, [b'certificate'])
-        by_dane = qr.TlsPolicy(True, True, DANE, [])
-        by_pin = qr.TlsPolicy(True, True, PINNED, PEM_FILE)
+        by_anchors = qr.TlsPolicy(ANCHORS, [b'certificate'])
+        by_dane = qr.TlsPolicy(DANE, [])
+        by_pin = qr.TlsPolicy(PINNED, PEM_FILE)
         for policy, error, port, password, last in [
                 (IF_OFFERED, failed, 25, False, IN_THE_CLEAR),
                 (IF_OFFERED, failed, 587, False, IN_THE_CLEAR),
@@ -12703,7 +12717,7 @@ class TlsTables(Tables):
     def test_files(self):
         """A tlshosts file, or our certificate, that is no good."""
         def context(data, cert=None, ciphers=b''):
-            qr.tls_context(qr.TlsPolicy(True, True, FILE, data),
+            qr.tls_context(qr.TlsPolicy(FILE, data),
                            qr.TlsControl(data, False, cert, ciphers))
         good, both = pem('ca').encode(), pem('ca+self').encode()
         damaged = good.replace(b'\nM', b'\n?', 2)
@@ -12728,17 +12742,17 @@ class TlsTables(Tables):
         1 at least, whatever the list of ciphers says."""
         no_list, weak_list = [qr.TlsControl(None, False, None, ciphers)
                               for ciphers in (b'', b'HIGH:@SECLEVEL=0')]
-        checked = [BY_SYSTEM, BY_FILE, qr.TlsPolicy(True, True, DANE, []),
-                   qr.TlsPolicy(True, True, PINNED, PEM_FILE),
-                   qr.TlsPolicy(True, True, ANCHORS, [der('ca')])]
+        checked = [BY_SYSTEM, BY_FILE, qr.TlsPolicy(DANE, []),
+                   qr.TlsPolicy(PINNED, PEM_FILE),
+                   qr.TlsPolicy(ANCHORS, [der('ca')])]
         for policy in [IF_OFFERED, UNCHECKED] + checked:
             for control in (no_list, weak_list):
                 context = qr.tls_context(policy, control)
                 least = context.minimum_version.value if hasattr(
                     context, 'minimum_version') else None
                 level = getattr(context, 'security_level', None)
-                with self.subTest(repr((policy.check, control.ciphers))):
-                    if policy.check == NOTHING:
+                with self.subTest(repr((policy.level, control.ciphers))):
+                    if not policy.verified:
                         self.assertIn(least, (None, -2))
                         self.assertIn(level, (None, 0))
                         self.assertTrue(context.options & 4)
@@ -12805,7 +12819,7 @@ class TlsTables(Tables):
     def test_damaged_anchors(self):
         """They are left out, which makes the check no easier."""
         context = qr.tls_context(
-            qr.TlsPolicy(True, True, ANCHORS, [b'junk', der('ca')[:40],
+            qr.TlsPolicy(ANCHORS, [b'junk', der('ca')[:40],
                                                der('ca')]),
             qr.TlsControl(None, False, None, b''))
         self.assertEqual(
@@ -13102,8 +13116,8 @@ class TlsDamage(unittest.TestCase):
     trouble: TLS failed, or the next server."""
 
     POLICIES = [IF_OFFERED, BY_FILE,
-                qr.TlsPolicy(True, True, DANE, [tlsa(3, 1, 1, 'relay')]),
-                qr.TlsPolicy(True, True, DANE, [tlsa(2, 0, 0, 'ca')])]
+                qr.TlsPolicy(DANE, [tlsa(3, 1, 1, 'relay')]),
+                qr.TlsPolicy(DANE, [tlsa(2, 0, 0, 'ca')])]
 
     def outcome(self, policy, server):
         """The Result of a session over TLS from the first byte."""
@@ -13124,7 +13138,7 @@ class TlsDamage(unittest.TestCase):
             for words in ('relay+ca', 'relay+ca 1.2'):
                 server = DamagedServer(tls_server(words)[0], 0,
                                        b'nonsense', random.Random(1))
-                with self.subTest(repr((policy.check, words))):
+                with self.subTest(repr((policy.level, words))):
                     self.assertTrue(self.outcome(policy, server).try_next)
 
     def test_damage(self):
@@ -14056,9 +14070,8 @@ class Tickets(unittest.TestCase):
                       contexts(IF_OFFERED, plain))
         self.assertIsNot(contexts(IF_OFFERED, plain),
                          contexts(IF_OFFERED, with_ciphers))
-        for check, trust in ((qr.TlsPolicy.DANE, [tlsa(3, 1, 1, 'relay')]),
-                             (qr.TlsPolicy.ANCHORS, [])):
-            policy = qr.TlsPolicy(True, True, check, trust)
+        for policy in (qr.TlsPolicy(DANE, [tlsa(3, 1, 1, 'relay')]),
+                       qr.TlsPolicy(ANCHORS, [])):
             self.assertIsNot(contexts(policy, plain),
                              contexts(policy, plain))
         for number in range(3 * qr.TLS_KEPT):
