@@ -152,6 +152,8 @@ IP_BIND_ADDRESS_NO_PORT = 24    # linux/in.h; not in every Python
 TRACE_TIMEOUT = 5              # a terminal that takes nothing is given up
 PROGRESS_AFTER, PROGRESS_EVERY = 1, 0.2     # when a message counts as long
 
+DISCARD_PORT = 9                # RFC 863; no datagram is sent to it
+
 DNS_PORT = 53
 DNS_TIMEOUT, DNS_ATTEMPTS = 5, 2            # resolv.conf(5)
 DNS_TIMEOUT_MAX, DNS_ATTEMPTS_MAX = 30, 5   # resolv.conf(5)
@@ -1855,46 +1857,49 @@ def in_order(found):
 
 
 class OwnAddresses:
-    """Tells whether an address is this host's.  bindable(address) is the
-    system's view; more and less are moreipme and notipme."""
+    """Tells whether an address is this host's.  is_local(address) is the
+    kernel's view; more and less are moreipme and notipme, as
+    parse_networks() returns them."""
 
-    def __init__(self, more, less, bindable):
-        self.more, self.less, self.bindable = more, less, bindable
+    def __init__(self, more, less, is_local):
+        self.more, self.less, self.is_local = more, less, is_local
 
     def __call__(self, address):
         if in_networks(address, self.less):
             return False
         return address in (b'::', b'::1') or \
             address.startswith((b'0.', b'127.')) or \
-            in_networks(address, self.more) or self.bindable(address)
+            in_networks(address, self.more) or self.is_local(address)
 
 
 def is_local(address):
-    """Whether this host has the address: a socket can be bound to it.  With
-    Linux' ip_nonlocal_bind every address can, one that nobody has
-    (RFC 5737, RFC 3849) too; then the source address that the kernel takes
-    on the way to it decides.  Raises OSError if there is no socket."""
-    family, first = family_of(address), packed(address)[0]
-    nobody = b'192.0.2.1' if family == socket.AF_INET else b'2001:db8::1'
-    if 224 <= first <= 239 and family == socket.AF_INET or first == 255:
-        return False            # multicast: can be bound to, is nobody's
-    if not try_socket(family, 'bind', address):
-        return False
-    return not try_socket(family, 'bind', nobody) or \
-        try_socket(family, 'connect', address)
+    """Whether this host has the address; nothing is sent.  Raises OSError if
+    no socket can be made."""
+    return family_has(family_of(address), address)
 
 
-def try_socket(family, method, address):
-    """Whether a fresh socket takes the address as its own."""
+def family_has(family, address):
+    """is_local(), for an address of this family.
+
+    That a socket can be bound to an address proves nothing: with Linux'
+    ip_nonlocal_bind each address can be bound.  So the kernel is asked for
+    something that needs an interface with this very address.  IPv4: to
+    choose an interface by its address (IP_MULTICAST_IF, ip(7)).  IPv6: to
+    choose the source of a connection to the address; only an address of this
+    host is its own source (RFC 6724 section 5, rule 1)."""
     try:
         sock = socket.socket(family, socket.SOCK_DGRAM)
     except OSError as error:
         if error.errno in LOCAL_ERRORS:
             raise
-        return False
+        return False            # this host has no such family
     try:
-        getattr(sock, method)((address, 0 if method == 'bind' else 9))
-        return sock.getsockname()[0].encode() == address
+        if family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                            packed(address))
+            return True
+        sock.connect((address, DISCARD_PORT))
+        return sock.getsockname()[0].encode('ascii') == address
     except OSError:
         return False
     finally:
@@ -5080,7 +5085,8 @@ DIFFERENCES
 
     A partial final line is seen before connecting, if the input is a file.
 
-    An address is this host's own if a socket can be bound to it.
+    An address is this host's own if one of its interfaces has it, over
+    IPv6 as well.
 
     The recipient's domain is not replaced by what a CNAME says.  Bytes that
     could become commands are not sent.
