@@ -6371,6 +6371,10 @@ class FuzzAnswer(FuzzClock):
                  'no answer to this question')
         if answer.truncated:
             return 'truncated'
+        if answer.rcode in (1, 4) and (
+                packet[4:6] == b'\0\0' or len(packet) == 12):
+            self.law(not answer.records, 'records of a header alone')
+            return 'header'
         try:
             held = slow_values(packet, QUESTION_NAME, qtype)
         except (ValueError, IndexError) as error:
