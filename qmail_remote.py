@@ -2215,47 +2215,56 @@ def tls_context(policy, control, tls12=False):
     return context
 
 
-class TlsContexts:
-    """tls_context() for a process that makes many sessions: contexts are
-    kept, and tickets (ssl.SSLSession) to resume sessions of theirs with, by
-    context, address, port and name.  What a resumed session proves is what
-    the first one proved, so DANE, whose records may have changed, does
-    without.  tls12: the addresses that get no more than TLS 1.2."""
+class TlsCache:
+    """What a process that makes many sessions remembers about TLS.
+
+    contexts        SSLContexts, by all that they are made from
+    sessions        SSLSessions to resume, by context, address, port, name
+    tls12_only      addresses of servers that get TLS 1.2 at most, because
+                    they did not answer the hello of TLS 1.3
+
+    Each of them holds TLS_KEPT entries at most, and is emptied then."""
 
     def __init__(self):
-        self.kept, self.tickets, self.tls12 = {}, {}, set()
+        self.contexts, self.sessions, self.tls12_only = {}, {}, set()
 
-    def __call__(self, policy, control, tls12=False):
-        """As tls_context()."""
+    def context(self, policy, control, tls12=False):
+        """As tls_context(); a context of an earlier call where it fits."""
         if not policy.may_resume:
             return tls_context(policy, control, tls12)
         key = policy.level, policy.trust, control.cert, control.ciphers, tls12
-        if key not in self.kept:
-            if len(self.kept) >= TLS_KEPT:
-                self.kept, self.tickets = {}, {}
-            self.kept[key] = tls_context(policy, control, tls12)
-        return self.kept[key]
+        if key not in self.contexts:
+            if len(self.contexts) >= TLS_KEPT:
+                # A session belongs to its context.
+                self.contexts, self.sessions = {}, {}
+            self.contexts[key] = tls_context(policy, control, tls12)
+        return self.contexts[key]
 
-    def hung(self, address):
-        """This server may have choked on the hello of TLS 1.3."""
-        if len(self.tls12) >= TLS_KEPT:
-            self.tls12.clear()
-        self.tls12.add(address)
+    def limit_to_tls12(self, address):
+        """Remembers that this server needs TLS 1.2 at most."""
+        if len(self.tls12_only) >= TLS_KEPT:
+            self.tls12_only.clear()
+        self.tls12_only.add(address)
 
-    def find(self, key):
-        """The session to resume, or None."""
-        return self.tickets.get(key)
+    def is_limited(self, address):
+        """Whether this server gets TLS 1.2 at most."""
+        return address in self.tls12_only
 
-    def drop(self, key):
-        """Forgets it; whether there was one."""
-        return self.tickets.pop(key, None) is not None
+    def find_session(self, key):
+        """The SSLSession to resume, or None."""
+        return self.sessions.get(key)
 
-    def keep(self, key, session):
-        """Keeps the ticket of a session that went well, if it has one."""
+    def drop_session(self, key):
+        """Forgets a session.  Returns whether there was one."""
+        return self.sessions.pop(key, None) is not None
+
+    def keep_session(self, key, session):
+        """Keeps an SSLSession if it can be resumed (None: there is none).
+        Raises ValueError if OpenSSL cannot write it down."""
         if session is not None and session.has_ticket:
-            if len(self.tickets) >= TLS_KEPT:
-                self.tickets.clear()
-            self.tickets[key] = session
+            if len(self.sessions) >= TLS_KEPT:
+                self.sessions.clear()
+            self.sessions[key] = session
 
 
 def trust_store():
@@ -3300,10 +3309,10 @@ class Dialogue:
 
 class TlsSetup(Record):
     """How a session is to use TLS.  policy: a TlsPolicy; make_context: the
-    policy to an SSLContext; sessions: a TlsContexts that keeps what can be
+    policy to an SSLContext; cache: a TlsCache that keeps what can be
     resumed, or None; failure: why TLS failed on the connection before this
     one to the same address, or empty."""
-    __slots__ = ('policy', 'make_context', 'sessions', 'failure')
+    __slots__ = ('policy', 'make_context', 'cache', 'failure')
 
 
 class AuthFailed(Exception):
@@ -3425,9 +3434,9 @@ class Session:
                                   policy.level == TlsPolicy.PINNED):
             name = None                     # RFC 6066 3: no address in SNI
         kept = None
-        if self.tls.sessions is not None and policy.may_resume:
+        if self.tls.cache is not None and policy.may_resume:
             self.ticket = context, self.server.address, self.server.port, name
-            kept = self.tls.sessions.find(self.ticket)
+            kept = self.tls.cache.find_session(self.ticket)
         self.dialogue.connection.start_tls(
             context, name, min(self.dialogue.timeout, TLS_HANDSHAKE),
             self.verify_peer, kept)
@@ -3460,13 +3469,14 @@ class Session:
         """The TLS session can be resumed from now on: all went well."""
         if self.ticket is not None:
             layer = self.dialogue.connection.tls
-            self.tls.sessions.keep(self.ticket, layer.ssl_object.session)
+            self.tls.cache.keep_session(self.ticket,
+                                        layer.ssl_object.session)
 
     def drop_ticket(self, failed):
         """The TLS session is not to be resumed again; the TlsFailed then
         says whether it was."""
         if self.ticket is not None:
-            known = self.tls.sessions.drop(self.ticket)
+            known = self.tls.cache.drop_session(self.ticket)
             failed.resumed = known and not failed.certificate
         return failed
 
@@ -3849,16 +3859,16 @@ class Context(Record):
     an address is this host's; tcpto: a TcpTo; connect: (address, port,
     seconds) to a socket; connection: a socket to a Connection; message: a
     Message; tls_control: a name to a TlsControl; tls_context: (TlsPolicy,
-    TlsControl, tls12) to an SSLContext; tls_sessions: a TlsContexts, or
+    TlsControl, tls12) to an SSLContext; tls_cache: a TlsCache, or
     None; trace: a Trace."""
     __slots__ = ('resolver', 'is_own', 'tcpto', 'connect', 'connection',
-                 'message', 'tls_control', 'tls_context', 'tls_sessions',
+                 'message', 'tls_control', 'tls_context', 'tls_cache',
                  'trace')
 
 
-def make_context(control, message, trace=NO_TRACE, contexts=None, first=None):
+def make_context(control, message, trace=NO_TRACE, cache=None, first=None):
     """The Context of a process.  If it is to make more than one delivery,
-    contexts are TlsContexts, and first is the NameServer to ask first."""
+    cache is a TlsCache, and first is the NameServer to ask first."""
     try:
         resolv_conf = read_file(b'/etc/resolv.conf', CONTROL_MAX)
     except (OSError, Invalid):
@@ -3874,8 +3884,8 @@ def make_context(control, message, trace=NO_TRACE, contexts=None, first=None):
         OwnAddresses(control.moreipme, control.notipme, is_local),
         TcpTo(b'queue/lock/tcpto', time.time, os.getpid(), wait),
         connect_from,
-        Connection, message, read_tls_control, contexts or tls_context,
-        contexts, trace)
+        Connection, message, read_tls_control,
+        cache.context if cache else tls_context, cache, trace)
 
 
 class Envelope(Record):
@@ -3979,8 +3989,8 @@ class ServerTry:
         """The Result of the first connection on which TLS did not fail.
         There are two at most, three after a handshake that hung: the server
         may choke on a large hello, so that the next one is for TLS 1.2."""
-        sessions, address = self.context.tls_sessions, self.server.address
-        tls12 = sessions is not None and address in sessions.tls12
+        cache, address = self.context.tls_cache, self.server.address
+        tls12 = cache is not None and cache.is_limited(address)
         result = self.connection(policy, tls12, None)
         failed = result.tls_failed
         if failed is not None and failed.silent and not tls12:
@@ -4020,7 +4030,7 @@ class ServerTry:
         context.tcpto.answered(server.address)
         connection = context.connection(sock)
         tls = TlsSetup(policy, lambda policy: context.tls_context(
-            policy, self.tls_control, tls12), context.tls_sessions,
+            policy, self.tls_control, tls12), context.tls_cache,
             before.reason if before else b'')
         result = None
         try:
@@ -4063,8 +4073,8 @@ class ServerTry:
     def tls_result(self, failed, policy):
         """The Result of a TlsFailed, if nothing else is tried."""
         self.context.trace.write(Trace.NOTE, b'TLS failed: ' + failed.reason)
-        if failed.silent and self.context.tls_sessions is not None:
-            self.context.tls_sessions.hung(self.server.address)
+        if failed.silent and self.context.tls_cache is not None:
+            self.context.tls_cache.limit_to_tls12(self.server.address)
         result = Result(
             TLS_FAILED % (self.server.address, failed.reason) + tls_hint(
                 policy, failed, self.has_password(), self.server.name),
@@ -4229,9 +4239,9 @@ def unframe(data, most):
 
 class WorkerConfig(Record):
     """What workers are born with.  control: a Control, or why there is none
-    (bytes); contexts: TlsContexts; signature: of the files behind them, or
+    (bytes); tls_cache: a TlsCache; signature: of the files behind them, or
     None; name_server: the one that last answered this worker, or None."""
-    __slots__ = ('control', 'contexts', 'signature', 'name_server')
+    __slots__ = ('control', 'tls_cache', 'signature', 'name_server')
 
 
 def load_modules():
@@ -4251,19 +4261,19 @@ def read_worker_config(store):
     """The WorkerConfig of this moment; store as trust_store() gives it.  One
     without a Control lasts for one delivery: what kept us from reading may
     be no fault of the files."""
-    signature, contexts = control_signature(store), TlsContexts()
+    signature, cache = control_signature(store), TlsCache()
     try:
         control = read_control()
         read_concurrency()      # told long ago, but it must make sense
     except LocalFault as fault:
-        return WorkerConfig(fault.report, contexts, None, None)
+        return WorkerConfig(fault.report, cache, None, None)
     try:
         files = read_tls_defaults()
         for level in TlsPolicy.IF_OFFERED, TlsPolicy.SYSTEM:
-            contexts(TlsPolicy(level, None), files)
+            cache.context(TlsPolicy(level, None), files)
     except (ImportError, LocalFault):
         pass                    # each delivery will see what becomes of it
-    return WorkerConfig(control, contexts, signature, None)
+    return WorkerConfig(control, cache, signature, None)
 
 
 def deliver_job(job, owner, config):
@@ -4277,7 +4287,7 @@ def deliver_job(job, owner, config):
             if isinstance(control, bytes):
                 raise LocalFault(control)
             message = Message(fd, False, control.timeoutremote)
-            context = make_context(control, message, contexts=config.contexts,
+            context = make_context(control, message, cache=config.tls_cache,
                                first=config.name_server)
             try:
                 result = deliver(host, sender, recipients, control, context)
@@ -4464,7 +4474,7 @@ class Spawner:
         try:
             self.config = read_worker_config(self.store)
         except Exception:       # no memory, no descriptor: for now
-            self.config = WorkerConfig(NO_RESOURCES, TlsContexts(), None, None)
+            self.config = WorkerConfig(NO_RESOURCES, TlsCache(), None, None)
         while self.idle:
             self.close_worker(self.idle.pop())
         import gc

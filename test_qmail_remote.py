@@ -6917,7 +6917,7 @@ def run_here(home, *args, message=MESSAGE, stdin=None, dns='127.0.0.1:1',
         if not has_ssl:
             raise ImportError
         context = at_home(home, qr.tls_context, policy, *options)
-        if trust and policy.check == policy.SYSTEM:
+        if trust and policy.level == policy.SYSTEM:
             context.load_verify_locations(cadata=PEM[trust])
         return context
     words = [os.fsencode(word) for word in args]
@@ -10405,7 +10405,8 @@ class Spawn(unittest.TestCase):
         for files in {}, {'tlshosts/x': b'', 'notlshosts/x': b''}:
             with Home(**files) as home, inside(home):
                 self.assertEqual(
-                    2, len(qr.read_worker_config([]).contexts.kept))
+                    2, len(qr.read_worker_config(
+                        []).tls_cache.contexts))
 
     def test_the_name_server_that_answered(self):
         """A worker asks it first, in all that it delivers."""
@@ -13940,11 +13941,11 @@ class Tickets(unittest.TestCase):
     """Sessions resumed by a process that delivers more than once."""
 
     def deliveries(self, count, connections, trust=None, other=None,
-                   contexts=None):
+                   cache=None):
         """[(text of the report, what the server saw of TLS)] of deliveries
         by one process.  The server keeps its ticket keys; trust is what
         tlshosts says, other an address for every second delivery."""
-        contexts, kept = contexts or qr.TlsContexts(), {}
+        cache, kept = cache or qr.TlsCache(), {}
 
         class Server(FakeESMTP):
             @staticmethod
@@ -13956,8 +13957,8 @@ class Tickets(unittest.TestCase):
             body.flush()
             context = context_of(
                 tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
-                connection=qr.Connection, tls_context=contexts,
-                tls_sessions=contexts,
+                connection=qr.Connection, tls_context=cache.context,
+                tls_cache=cache,
                 tls_control=lambda name: qr.TlsControl(
                     trust, False, None, b''),
                 connect=lambda address, port, seconds: qr.connect(
@@ -14037,11 +14038,11 @@ class Tickets(unittest.TestCase):
     def test_a_session_that_cannot_be_kept(self):
         """OpenSSL's form of it has a limit, which a certificate with 2,400
         names exceeds; the message is delivered all the same."""
-        class Contexts(qr.TlsContexts):
-            def keep(self, key, session):
+        class Cache(qr.TlsCache):
+            def keep_session(self, key, session):
                 raise ValueError('too long')
         self.check('full full', 2, [over_tls('relay+ca')] * 2,
-                   contexts=Contexts())
+                   cache=Cache())
 
     def test_a_lost_key(self):
         """A server that has forgotten its keys: a whole handshake."""
@@ -14050,21 +14051,21 @@ class Tickets(unittest.TestCase):
 
     def test_contexts(self):
         """Kept, but not for DANE, and not without end."""
-        contexts = qr.TlsContexts()
+        cache = qr.TlsCache()
         plain = qr.TlsControl(None, False, None, b'')
         with_ciphers = qr.TlsControl(None, False, None, b'HIGH')
-        self.assertIs(contexts(IF_OFFERED, plain),
-                      contexts(IF_OFFERED, plain))
-        self.assertIsNot(contexts(IF_OFFERED, plain),
-                         contexts(IF_OFFERED, with_ciphers))
+        self.assertIs(cache.context(IF_OFFERED, plain),
+                      cache.context(IF_OFFERED, plain))
+        self.assertIsNot(cache.context(IF_OFFERED, plain),
+                         cache.context(IF_OFFERED, with_ciphers))
         for policy in (qr.TlsPolicy(DANE, [tlsa(3, 1, 1, 'relay')]),
                        qr.TlsPolicy(ANCHORS, [])):
-            self.assertIsNot(contexts(policy, plain),
-                             contexts(policy, plain))
+            self.assertIsNot(cache.context(policy, plain),
+                             cache.context(policy, plain))
         for number in range(3 * qr.TLS_KEPT):
-            contexts(IF_OFFERED, qr.TlsControl(
+            cache.context(IF_OFFERED, qr.TlsControl(
                 None, False, None, b'HIGH:' + b'@STRENGTH:' * number))
-        self.assertLessEqual(len(contexts.kept), qr.TLS_KEPT)
+        self.assertLessEqual(len(cache.contexts), qr.TLS_KEPT)
 
 
 def signed(records, unsigned=(), **options):
