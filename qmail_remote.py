@@ -2024,16 +2024,17 @@ class TcpTo:
 
 
 # -------------------------------------------------------------- 10. TLS policy
-# What a server must prove, and whether its certificates do.  Pure, but for
-# the OpenSSL contexts made here.  The ssl module takes longer to import than
-# all else here together: only when a server has TLS.
+# What a server must prove, and whether its certificate does.  Nothing here
+# touches a connection.  The ssl module is imported where it is needed: the
+# import takes longer than all the rest of a start.
 
 NO_SSL = b'this Python has no ssl module'
-X509_PARTIAL_CHAIN = 0x80000    # openssl/x509_vfy.h; ssl knows it since 3.10
-OP_LEGACY_SERVER_CONNECT = 4    # openssl/ssl.h; ssl knows it since 3.12
-# Where nothing is checked: what is best first, and then all the rest.
+X509_PARTIAL_CHAIN = 0x80000    # openssl/x509_vfy.h; in ssl since Python 3.10
+OP_LEGACY_SERVER_CONNECT = 4    # openssl/ssl.h; in ssl since Python 3.12
+# Where no certificate is checked: the best ciphers first, then all others.
 WEAK_CIPHERS = b'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:ECDHE:' \
     b'DHE:ALL:!PSK:!SRP:!AESCCM:!ARIA'
+DANE_TA, DANE_EE = 2, 3         # TLSA usages (RFC 7218 2.1)
 
 
 class TlsPolicy(Record):
@@ -2087,8 +2088,9 @@ class TlsPolicy(Record):
 
 def must_verify(server):
     """Whether a password for this Server needs TLS and a certificate that
-    has been verified.  It does but on the ports where nobody has it yet,
-    and where it cannot leave this host: the near end of a tunnel."""
+    has been verified (rule 2).  Not on the ports of PORTS_MX, where most
+    servers have no such certificate, and not to an address of this host,
+    the near end of a tunnel, where the password cannot leave it."""
     return server.port not in PORTS_MX and server.address != b'::1' and \
         not server.address.startswith(b'127.')
 
@@ -2127,8 +2129,9 @@ def last_policy(policy, failed, port, password):
 
 
 def tls_hint(policy, failed, password, name):
-    """What an administrator can do about failed TLS: trust another
-    certificate, but only if it was the certificate that failed."""
+    """What an administrator can do about a TlsFailed, for the report: lines,
+    or empty.  To trust another certificate is the way out only if the
+    certificate was the reason."""
     if policy.level == TlsPolicy.FILE and failed.certificate:
         return TLS_FILE % name
     if policy.level == TlsPolicy.SYSTEM:
@@ -2138,12 +2141,13 @@ def tls_hint(policy, failed, password, name):
 
 
 def limit_protocols(context, weak, tls12):
-    """TLS 1.2 and up, or, if weak, whatever OpenSSL has, and servers that
-    cannot renegotiate securely; tls12: no more than TLS 1.2."""
+    """Sets the versions of TLS: 1.2 and up; if weak, all that OpenSSL has,
+    and servers without secure renegotiation (RFC 5746), too.  tls12: TLS
+    1.2 at most."""
     import ssl
     if weak:
         context.options |= OP_LEGACY_SERVER_CONNECT
-    if hasattr(context, 'minimum_version'):     # options would be deprecated
+    if hasattr(context, 'minimum_version'):     # since Python 3.7
         if weak:
             context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
         elif context.minimum_version < ssl.TLSVersion.TLSv1_2:
@@ -2158,27 +2162,29 @@ def limit_protocols(context, weak, tls12):
 
 
 def choose_ciphers(context, weak, ciphers):
-    """Sets the ciphers of a control file, or, if weak, all that there are;
-    and the security level: weak is 0, and nothing else is.  Raises OSError
-    or ValueError."""
+    """Sets the ciphers up to TLS 1.2, and OpenSSL's security level.
+
+    ciphers is the list of the control file, or empty.  Without one: if
+    weak, WEAK_CIPHERS, else what Python and the system have chosen.  The
+    level is 0 if weak, else never 0.  Raises OSError or ValueError."""
     if not weak and not ciphers:
-        return                  # Python's choice, and the system's level
-    # Without a certificate OpenSSL would have nothing to check.
+        return
+    # A cipher without a certificate would leave OpenSSL nothing to check.
     names = (ciphers or WEAK_CIPHERS).decode('ascii') + ':!aNULL:!eNULL'
     if not weak:
         context.set_ciphers(names.replace('@SECLEVEL=0', '@SECLEVEL=1'))
         return
     try:
         context.set_ciphers('@SECLEVEL=0:' + names)
-    except OSError:             # LibreSSL, OpenSSL 1.0: they have no levels
+    except OSError:             # LibreSSL and OpenSSL 1.0 have no levels
         context.set_ciphers(names)
 
 
 def tls_context(policy, control, tls12=False):
-    """An SSLContext; tls12: for no more than TLS 1.2.  Where nothing is
-    checked, weak TLS is better than none (RFC 7435 section 3).  Raises
-    ImportError if this Python has no ssl, LocalFault if a control file is
-    no good; TlsFailed if a TLSA record is."""
+    """An SSLContext for a TlsPolicy and a TlsControl; tls12: for TLS 1.2 at
+    most.  Where no certificate is checked, weak TLS is better than none
+    (RFC 7435 section 3).  Raises ImportError if this Python has no ssl
+    module, LocalFault if a control file is of no use."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -2188,31 +2194,37 @@ def tls_context(policy, control, tls12=False):
     limit_protocols(context, weak, tls12)
     try:
         choose_ciphers(context, weak, control.ciphers)
-        if control.cert:        # OpenSSL opens it; there is no other way
+        if control.cert:        # a path: Python's ssl takes nothing else
             context.load_cert_chain(control.cert.decode('ascii'),
                                     password=lambda: '')
         if policy.level == TlsPolicy.FILE:
             context.load_verify_locations(
                 cadata=policy.trust.decode('ascii', 'ignore'))
-    except (OSError, ValueError):       # SSLError is an OSError
-        raise LocalFault(NO_CONTROL)
-    if weak or policy.level in (TlsPolicy.PINNED, TlsPolicy.DANE):
-        return context          # Session.verify_peer() sees to the others
+    except (OSError, ValueError) as error:      # SSLError is an OSError
+        raise LocalFault(NO_CONTROL) from error
+    if policy.level in (TlsPolicy.SYSTEM, TlsPolicy.FILE, TlsPolicy.ANCHORS):
+        let_openssl_verify(context, policy)
+    return context              # PINNED, DANE: Session.verify_peer() checks
+
+
+def let_openssl_verify(context, policy):
+    """Makes a certificate that does not verify fail the handshake."""
+    import ssl
     if policy.level == TlsPolicy.SYSTEM:
         context.set_default_verify_paths()
     else:
-        if policy.level == TlsPolicy.ANCHORS:
-            for certificate in policy.trust:
-                try:
-                    context.load_verify_locations(cadata=certificate)
-                except (OSError, ValueError):
-                    pass        # an anchor less: the check gets no easier
         # Trust may end at the server's own certificate, or at any CA's.
         context.verify_flags |= X509_PARTIAL_CHAIN
+    if policy.level == TlsPolicy.ANCHORS:
+        for certificate in policy.trust:
+            try:
+                context.load_verify_locations(cadata=certificate)
+            except (OSError, ValueError):
+                pass            # one issuer less: the check gets no easier
     context.verify_mode = ssl.CERT_REQUIRED
-    # Of several names OpenSSL could check one; Session.verify_peer() does.
+    # With ANCHORS there may be two names, of which OpenSSL would check one;
+    # Session.verify_peer() checks them.
     context.check_hostname = policy.level != TlsPolicy.ANCHORS
-    return context
 
 
 class TlsCache:
@@ -2268,7 +2280,8 @@ class TlsCache:
 
 
 def trust_store():
-    """Where the system's trust store is, or would be; [] without ssl."""
+    """The paths of the system's trust store, a file and a directory, whether
+    they exist or not; [] if this Python has no ssl module."""
     try:
         import ssl
     except ImportError:
@@ -2279,79 +2292,84 @@ def trust_store():
 
 
 def pem_certificates(pem):
-    """The certificates of a PEM file, in DER; what is damaged is left
-    out."""
+    """The certificates of a PEM file, in DER (RFC 7468).  One that is
+    damaged is left out."""
     import binascii
     found = []
     for part in pem.split(b'-----BEGIN CERTIFICATE-----')[1:]:
+        body = part.split(b'-----END CERTIFICATE-----')[0]
         try:
-            found.append(binascii.a2b_base64(
-                part.split(b'-----END CERTIFICATE-----')[0]))
+            found.append(binascii.a2b_base64(body))
         except ValueError:
             pass
     return found
 
 
 def is_for(certificate, names):
-    """Whether a certificate, as getpeercert() gives it, is for one of the
-    names: one of its DNS names is the same, or has * in the place of the
-    first label (RFC 7672 3.2.3)."""
+    """Whether a certificate is for one of the names (bytes, lower case).
+    certificate is what getpeercert() returns.  One of its DNS names is equal
+    to the name, or has * in the place of the first label (RFC 7672
+    3.2.3)."""
     for kind, text in certificate.get('subjectAltName', ()):
+        if kind != 'DNS':
+            continue
         shown = text.encode('utf-8', 'replace').lower()
         star, _, parent = shown.partition(b'.')
-        for name in names if kind == 'DNS' else ():
-            if shown == name or star == b'*' and b'.' in parent and \
-                    parent == name.partition(b'.')[2]:
+        is_wildcard = star == b'*' and b'.' in parent
+        for name in names:
+            if shown == name or \
+                    (is_wildcard and parent == name.partition(b'.')[2]):
                 return True
     return False
 
 
+class DerItem(Record):
+    """Where an item of DER stands in the data (X.690 8.1)."""
+    __slots__ = ('tag', 'start', 'end')
+    tag: int
+    start: int                  # of the contents
+    end: int                    # behind them: the next item begins here
+
+
 def der_item(data, at):
-    """(tag, start of the content, end) of the DER item there (X.690 8.1).
-    Raises ValueError."""
+    """The DerItem that begins at that offset.  Raises ValueError."""
     if at + 2 > len(data):
         raise ValueError('DER ends')
     tag, size, start = data[at], data[at + 1], at + 2
-    if size > 127:
+    if size > 127:              # the long form: so many bytes hold the size
         start += size & 127
         size = int.from_bytes(data[at + 2:start], 'big')
     if start + size > len(data):
         raise ValueError('DER ends')
-    return tag, start, start + size
+    return DerItem(tag, start, start + size)
 
 
 def public_key(certificate):
-    """The subjectPublicKeyInfo of a certificate, in DER (RFC 5280 4.1).
+    """The subjectPublicKeyInfo of a certificate, all in DER (RFC 5280 4.1):
+
+        Certificate = SEQUENCE of
+            tbsCertificate = SEQUENCE of
+                version [0], which version 1 leaves out
+                serialNumber, signature, issuer, validity, subject
+                subjectPublicKeyInfo
+                ...
+
     Raises ValueError."""
-    at = der_item(certificate, der_item(certificate, 0)[1])[1]
-    if der_item(certificate, at)[0] == 0xA0:    # the version, if not v1
-        at = der_item(certificate, at)[2]
-    for _ in 'serial', 'signature', 'issuer', 'validity', 'subject':
-        at = der_item(certificate, at)[2]
-    return certificate[at:der_item(certificate, at)[2]]
-
-
-def dane_usable(record):
-    """Whether a TLSA record can decide (RFC 7672 3.1): usages 2 and 3, with
-    data that can be what they say.  What is no certificate itself needs, for
-    usage 2, those that the server shows, which not every Python lets us
-    see."""
-    usage, selector, matching, data = record
-    if usage not in (2, 3) or selector > 1 or matching > 2:
-        return False
-    if matching:
-        fits = len(data) == (32 if matching == 1 else 64)
-    else:
-        fits = is_sequence(data) and (selector or is_certificate(data))
-    return bool(fits) and (usage == 3 or record[:3] == (2, 0, 0) or
-                           can_show_chain())
+    to_be_signed = der_item(certificate, der_item(certificate, 0).start)
+    at = to_be_signed.start
+    first = der_item(certificate, at)
+    if first.tag == 0xA0:               # the version
+        at = first.end
+    for _ in 'serialNumber', 'signature', 'issuer', 'validity', 'subject':
+        at = der_item(certificate, at).end
+    return certificate[at:der_item(certificate, at).end]
 
 
 def is_sequence(data):
     """Whether data is one SEQUENCE in DER, as keys and certificates are."""
     try:
-        tag, _, end = der_item(data, 0)
-        return tag == 0x30 and end == len(data)
+        item = der_item(data, 0)
+        return item.tag == 0x30 and item.end == len(data)
     except ValueError:
         return False
 
@@ -2370,11 +2388,40 @@ def is_certificate(data):
     return context.cert_store_stats()['x509'] == 1
 
 
+def dane_usable(record):
+    """Whether a TLSA record can decide (RFC 7672 3.1): its usage is 2 or 3,
+    and its data can be what selector and matching say.  With usage 2 the
+    record must hold a certificate, or this Python must show the issuers'
+    certificates that a server sends."""
+    usage, selector, matching, data = record
+    if usage not in (DANE_TA, DANE_EE):
+        return False
+    if usage == DANE_TA and not is_anchor(record) and not can_show_chain():
+        return False
+    return dane_data_fits(selector, matching, data)
+
+
+def dane_data_fits(selector, matching, data):
+    """Whether the data can be what selector (0 a certificate, 1 its key) and
+    matching (0 itself, 1 its SHA-256, 2 its SHA-512) say (RFC 6698 2.1)."""
+    if selector not in (0, 1):
+        return False
+    if matching == 0:
+        return is_sequence(data) and (selector == 1 or is_certificate(data))
+    return (matching, len(data)) in ((1, 32), (2, 64))
+
+
+def is_anchor(record):
+    """Whether a TLSA record holds the certificate of an issuer."""
+    usage, selector, matching, _ = record
+    return (usage, selector, matching) == (DANE_TA, 0, 0)
+
+
 def dane_match(record, certificate):
-    """Whether the record means this certificate (RFC 6698 2.1)."""
+    """Whether a usable TLSA record means this certificate (RFC 6698 2.1)."""
     _, selector, matching, data = record
     try:
-        chosen = public_key(certificate) if selector else certificate
+        chosen = public_key(certificate) if selector == 1 else certificate
     except ValueError:
         return False
     if matching:
@@ -2385,23 +2432,30 @@ def dane_match(record, certificate):
 
 
 def dane_check(records, chain):
-    """Returns if the server's own certificate, chain's first, is one that
-    usage 3 names; neither its name nor its age matters then.  Raises
-    TlsFailed; with anchors, if usage 2 names an issuer that a second
-    handshake has to verify the chain with (RFC 7672 3.1)."""
+    """Checks the certificates of a server (DER, its own first) against its
+    usable TLSA records (RFC 7672 3.1).
+
+    Returns if usage 3 names the server's own certificate: its name and age
+    do not matter then.  Else raises TlsFailed.  If usage 2 names issuers,
+    TlsFailed.anchors holds their certificates: a second handshake has to
+    verify the server's certificate with them."""
+    issuers = set()
     for record in records:
-        if record[0] == 3 and dane_match(record, chain[0]):
+        usage, _, _, data = record
+        if usage == DANE_EE and dane_match(record, chain[0]):
             return
-    anchors = {record[3] for record in records if record[:3] == (2, 0, 0)}
-    anchors.update(certificate for certificate in chain for record in records
-                   if record[0] == 2 and dane_match(record, certificate))
+        if is_anchor(record):
+            issuers.add(data)
+        if usage == DANE_TA:
+            issuers.update(certificate for certificate in chain
+                           if dane_match(record, certificate))
     raise TlsFailed(b'no TLSA record matches the certificate',
-                    sorted(anchors))
+                    sorted(issuers))
 
 
 def can_show_chain():
-    """Whether this Python lets us see the certificates of a server: in
-    public since 3.13, below the surface since 3.10."""
+    """Whether this Python shows all certificates that a server sends: by a
+    documented method since 3.13, by one of its C half since 3.10."""
     try:
         import ssl
     except ImportError:
@@ -2410,17 +2464,17 @@ def can_show_chain():
         hasattr(ssl._ssl._SSLSocket, 'get_unverified_chain')
 
 
-def shown_chain(connection):
-    """The certificates that an SSLObject's server has shown, in DER, its
-    own first; only that one where Python does not show the others."""
-    first = connection.getpeercert(True)
-    if hasattr(connection, 'get_unverified_chain'):
-        return [first] + list(connection.get_unverified_chain())
+def shown_chain(ssl_object):
+    """The certificates that a server has sent, in DER, its own first; only
+    its own where Python does not show the others."""
+    own = ssl_object.getpeercert(True)
+    if hasattr(ssl_object, 'get_unverified_chain'):
+        return [own] + list(ssl_object.get_unverified_chain())
     if not can_show_chain():
-        return [first]
+        return [own]
     from _ssl import ENCODING_DER
-    return [first] + [certificate.public_bytes(ENCODING_DER) for certificate
-                      in connection._sslobj.get_unverified_chain()]
+    return [own] + [certificate.public_bytes(ENCODING_DER) for certificate
+                    in ssl_object._sslobj.get_unverified_chain()]
 
 
 # ----------------------------------------------------------------- 11. Replies

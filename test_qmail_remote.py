@@ -12551,7 +12551,8 @@ class TlsTables(Tables):
                 (b'\x30\x82\x01', ValueError),
                 (b'\x30\x82\xff\xff', ValueError),
                 (b'\x30\xff' + b'\xff' * 200, ValueError)]:
-            self.check(item, qr.der_item, data, 0)
+            self.check(item if item is ValueError else qr.DerItem(*item),
+                       qr.der_item, data, 0)
 
     def test_public_key(self):
         for name, digest in KNOWN_KEYS.items():
