@@ -4166,14 +4166,16 @@ class ServerTry:
 
 
 # ----------------------------------------------------------------- 16. Spawner
-# qmail-rspawn: a parent that takes commands from qmail-send, and workers
-# forked from it that deliver.  The parent waits for all of them at once, and
-# for nothing else: no DNS, no SMTP, no TLS, no message.
+# qmail-rspawn.  One process, the parent, reads commands from qmail-send and
+# writes reports to it.  It forks workers, and the workers deliver.  The
+# parent waits for qmail-send and for all workers at once, and for nothing
+# else: it does no DNS, no SMTP and no TLS, and it opens no message.
 
 class Command(Record):
-    """One delivery that qmail-send wants: its number (an int), the message's
-    name in queue/mess, sender and recipient (bytes); too_long: there was
-    more of them than SPAWN_FIELD_MAX."""
+    """One delivery that qmail-send asks for.  delnum: the delivery number
+    (int).  messid: the name of the message in queue/mess; sender and
+    recipient: the addresses (all bytes).  too_long: one of these three had
+    more than SPAWN_FIELD_MAX bytes, and was cut there."""
     __slots__ = ('delnum', 'messid', 'sender', 'recipient', 'too_long')
 
     def host(self):
@@ -4182,44 +4184,59 @@ class Command(Record):
 
 
 class CommandReader:
-    """Commands from pieces of any size (spawn.c, getcmd())."""
+    """Reads Commands from the input, in pieces of any size (spawn.c,
+    getcmd()).  A command is a byte, the delivery number, and three fields,
+    each of which ends with a NUL: messid, sender, recipient."""
 
     def __init__(self):
-        self.delnum, self.fields = None, []
+        self.start_command()
+
+    def start_command(self):
+        """The next byte is a delivery number."""
+        self.delnum = None
+        self.fields = []        # those that are complete
         self.field, self.too_long = bytearray(), False
 
     def take(self, data):
-        """The Commands that end in data."""
-        at, found = 0, []
+        """Takes a piece of the input.  Returns the Commands that end in it."""
+        commands, at = [], 0
         while at < len(data):
-            if self.delnum is None:
-                self.delnum, at = data[at], at + 1
-                continue
-            end = data.find(b'\0', at)
-            stop = len(data) if end < 0 else end
-            room = SPAWN_FIELD_MAX - len(self.field)
-            self.too_long = self.too_long or stop - at > room
-            self.field += data[at:min(stop, at + room)]
-            at = stop + 1
-            if end >= 0:
-                self.fields.append(bytes(self.field))
-                self.field = bytearray()
+            at = self.take_part(data, at)
             if len(self.fields) == 3:
-                found.append(Command(self.delnum, *(self.fields +
-                                                    [self.too_long])))
-                self.__init__()
-        return found
+                messid, sender, recipient = self.fields
+                commands.append(Command(self.delnum, messid, sender,
+                                        recipient, self.too_long))
+                self.start_command()
+        return commands
+
+    def take_part(self, data, at):
+        """Takes a delivery number, or what there is of a field, from data at
+        this index.  Returns the index of what follows."""
+        if self.delnum is None:
+            self.delnum = data[at]
+            return at + 1
+        nul = data.find(b'\0', at)
+        end = len(data) if nul < 0 else nul
+        room = SPAWN_FIELD_MAX - len(self.field)
+        self.too_long = self.too_long or end - at > room
+        self.field += data[at:min(end, at + room)]
+        if nul >= 0:
+            self.fields.append(bytes(self.field))
+            self.field = bytearray()
+        return end + 1
 
 
 def refusal(command, limit, busy):
-    """Why a command cannot be obeyed, in qmail's order; None: it can.
-    limit is the number of deliveries at once, busy the numbers in use."""
+    """Why a command cannot be carried out, as the report for qmail-send;
+    None if it can.  The order is that of spawn.c, docmd().  limit: how many
+    deliveries there can be at once; busy: the delivery numbers in use."""
     if command.too_long:
         return SPAWN_TOO_LONG
     if command.delnum >= limit:
         return SPAWN_TOO_BIG
     if command.delnum in busy:
         return SPAWN_IN_USE
+    # Only digits and slashes, not at the start: no path leads elsewhere.
     if command.messid.startswith(b'/') or \
             command.messid.translate(None, b'0123456789/'):
         return SPAWN_NONNUMERIC
@@ -4232,63 +4249,107 @@ def refusal(command, limit, busy):
     return None
 
 
+def is_message_report(record):
+    """Whether a record of qmail-remote's output is the message report."""
+    return record[:1] in (b'K', b'Z', b'D')
+
+
 def spawn_report(output):
-    """What qmail-rspawn tells qmail-send, given the raw reports of a
-    qmail-remote (qmail-rspawn.c, report())."""
+    """What qmail-rspawn reports to qmail-send about one recipient, given the
+    output of qmail-remote for him (qmail-rspawn.c, report())."""
     records = output.split(b'\0')[:-1]
     if not records:
         return SPAWN_SILENT
-    result = next((record[:1] for record in records
-                   if record[:1] in (b'K', b'Z', b'D')), b'D')
-    letter = {b's': b'Z', b'h': b'D'}.get(records[0][:1], result)
+    outcome = next(filter(is_message_report, records), b'D')[:1]
+    letter = {b's': b'Z', b'h': b'D'}.get(records[0][:1], outcome)
     text = letter + records[0][1:]
-    if b'DZK'.index(result) <= b'DZK'.index(letter) and \
-            [record for record in records[1:2]
-             if record[:1] in (b'K', b'Z', b'D')]:
+    # The message report explains the letter, unless it is the better news.
+    is_better = b'DZK'.index(outcome) > b'DZK'.index(letter)
+    if len(records) > 1 and is_message_report(records[1]) and not is_better:
         text += records[1][1:]
     return text
 
 
 def verdicts(result, count):
-    """What to tell qmail-send of each of count recipients that went in one
-    delivery; b'' for one who has to go once more, alone: he has not got the
-    message, and by himself he might have.
+    """What to report to qmail-send for each of count recipients that went in
+    one delivery, in their order.  An empty text means: deliver once more to
+    this recipient, alone.  Alone he may fare better, and there is no risk
+    that he gets the message twice:
 
-    So what a server says of several counts for those who got the message, or
-    may have; for the first one's refusal, before which there was nobody; and
-    for being put off where nobody was taken.  What went wrong before a
-    server knew how many there were counts for all."""
-    whole = count == 1 or not result.rcpt_sent
-    sent = result.report.startswith(b'K') or \
-        b'Possible duplicate!' in result.report.partition(b'\n')[0]
-    taken, texts = b'r' in result.recipients, []
+    recipient   what happened              verdict
+    all         one recipient only, or     report: it holds for each of them
+                no server knew of them
+    accepted    the message was accepted,  report: he has got the message, or
+                or is in doubt             may have
+    accepted    the message was refused    alone: perhaps because of another
+                or cannot have arrived     recipient
+    refused,    he was the first           report: no other recipient was
+    deferred                               known to the server
+    deferred    none was accepted          report: the server takes nothing
+                                           at this time
+    refused,    he was not the first       alone: perhaps because of those
+    deferred                               before him (their number, say)
+    no reply    the connection was lost    alone: perhaps because of another
+                before his turn            recipient"""
+    texts = []
     for index in range(count):
         own = result.recipients[index:index + 1]
-        letter = own[0][:1] if own else b''
-        final = whole or letter == b'r' and sent or index == 0 and letter in (
-            b'h', b's') or letter == b's' and not taken
-        texts.append(spawn_report(output_of(
-            Result(result.report, own, tls_summary=result.tls_summary)))
-            if final else b'')
+        text = spawn_report(output_of(Result(
+            result.report, own, tls_summary=result.tls_summary)))
+        is_final = count == 1 or not result.rcpt_sent or \
+            is_final_among_several(result, index)
+        texts.append(text if is_final else b'')
     return texts
 
 
+def is_final_among_several(result, index):
+    """Whether the recipient with this index, one of several that a server
+    knew of, is not to be tried alone.  See the table in verdicts()."""
+    if index >= len(result.recipients):
+        return False
+    letter = result.recipients[index][:1]
+    if letter == b'r':
+        return may_have_arrived(result)
+    if index == 0:
+        return letter in (b'h', b's')
+    return letter == b's' and b'r' not in result.recipients
+
+
+def may_have_arrived(result):
+    """Whether the server has the message, or may have it."""
+    return result.report.startswith(b'K') or \
+        b'Possible duplicate!' in result.report.partition(b'\n')[0]
+
+
+class WorkerFailed(Exception):
+    """A worker has died, or what it sent makes no sense."""
+
+
 def frame(parts):
-    """What parent and worker send each other: parts (bytes, without NULs),
-    after their size."""
+    """What parent and worker send each other: the number of bytes that
+    follow (32 bits), then the parts (bytes without NULs), with a NUL between
+    them."""
     data = b'\0'.join(parts)
     return struct.pack('>L', len(data)) + data
 
 
 def unframe(data, most):
-    """The parts; None if they have not come whole.  Raises Malformed for
-    more than most bytes, or more than one frame."""
+    """The parts of a frame; [] as long as it is not complete.  Raises
+    WorkerFailed for more than most bytes, or for more than one frame."""
     if len(data) < 4:
-        return None
+        return []
     size, = struct.unpack_from('>L', data)
     if size > most or len(data) > 4 + size:
-        raise Malformed('frame')
-    return bytes(data[4:]).split(b'\0') if len(data) == 4 + size else None
+        raise WorkerFailed('frame')
+    return bytes(data[4:]).split(b'\0') if len(data) == 4 + size else []
+
+
+def is_valid_answer(texts, batch):
+    """Whether a worker may answer so: a report for each delivery of the
+    batch, or, if there are several, an empty text, see verdicts()."""
+    return len(texts) == len(batch) and all(
+        is_message_report(text) or (not text and len(batch) > 1)
+        for text in texts)
 
 
 class WorkerConfig(Record):
@@ -4365,8 +4426,8 @@ def work(sock, owner, config):
     """A worker's life: a job in, an answer out, until the parent closes its
     end."""
     while True:
-        data, job = bytearray(), None
-        while job is None:
+        data, job = bytearray(), []
+        while not job:
             wait((sock,), (), float('inf'))
             block = sock.recv(INPUT_BLOCK)
             if not block:
@@ -4622,13 +4683,13 @@ class Spawner:
         group = worker.group
         try:
             texts = unframe(worker.answer, SPAWN_ANSWER_MAX)
-            if not data or not group or \
-                    texts is not None and not is_valid_answer(texts, group):
-                raise Malformed('answer')
-        except Malformed:
+            if not data or not group or (
+                    texts and not is_valid_answer(texts, group)):
+                raise WorkerFailed('answer')
+        except WorkerFailed:
             self.kill_worker(worker)
             return
-        if texts is None:
+        if not texts:
             return
         worker.group, worker.answer = [], bytearray()
         if worker.jobs >= WORKER_GROUPS or \
@@ -4662,14 +4723,6 @@ class Spawner:
         del self.workers[worker.sock.fileno()]
         worker.sock.close()
         self.unreaped.append(worker.pid)
-
-
-def is_valid_answer(texts, group):
-    """Whether an answer can be one: a report for each delivery of the group,
-    or nothing for one that can go again, alone."""
-    return len(texts) == len(group) and all(
-        text[:1] in (b'K', b'Z', b'D') or not text and len(group) > 1
-        for text in texts)
 
 
 def reaped(pid):

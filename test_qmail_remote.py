@@ -10002,11 +10002,11 @@ class SpawnTables(Tables):
         parts = [b'1/2', b'', b'h', b'r@h']
         whole = qr.frame(parts)
         for end in range(len(whole)):
-            self.assertIsNone(qr.unframe(whole[:end], 99))
+            self.assertEqual([], qr.unframe(whole[:end], 99))
         self.assertEqual(parts, qr.unframe(whole, 99))
         for bad, most in ((whole + b'x', 99), (whole, len(whole) - 5),
                           (b'\xff\xff\xff\xff', 99)):
-            self.assertRaises(qr.Malformed, qr.unframe, bad, most)
+            self.assertRaises(qr.WorkerFailed, qr.unframe, bad, most)
 
     def test_answers(self):
         """What a worker may say of one delivery, and of two."""
