@@ -176,7 +176,7 @@ INSTALL = umask 022; lib='$(DESTDIR)$(LIBDIR)'; bin='$(DESTDIR)$(BINDIR)'; \
 	    echo "$$old is now a link to $$file."; \
 	fi; \
 	[ "$$user" = qmailr ] || \
-	    echo 'Let qmailr run it, before qmail does: README, section 3.'
+	    echo 'Let qmailr run it, before qmail does: README, section 2.'
 
 install:
 	@program=; $(INSTALL)

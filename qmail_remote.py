@@ -97,7 +97,7 @@ import _socket as socket
 import _stat as stat
 import _struct as struct
 
-VERSION = '1.0'
+VERSION = '1.1'
 QMAIL_HOME = "/var/qmail"
 
 
@@ -4850,42 +4850,27 @@ DESCRIPTION
     host is a domain name, or an IP address: 1.2.3.4, [1.2.3.4],
     [2001:db8::1] or [IPv6:2001:db8::1].  The message goes to the mail
     exchangers that the Domain Name System lists for host, best preference
-    first, or to host itself if there are none, over IPv4 and IPv6.
-    smtproutes and authsenders can name a relay instead.
+    first, or to host itself if there are none.  IPv4 comes before IPv6, for
+    many servers refuse IPv6 from hosts without reverse DNS.  smtproutes and
+    authsenders can name a relay instead.
 
-    Until one server has accepted the sender, whatever goes wrong there (no
-    connection, a refusal with 4xx or 5xx, a lost line) sends qmail-remote
-    to the next one.  After that the server's word is final.  If no server is
-    left, the message bounces if each one that could be reached refused the
-    sender with 5xx; otherwise it is tried again later.  That a server does
-    not offer SMTPUTF8 counts as such a refusal, if the sender or all of the
-    recipients need it; if some do, the others are sent to.
+    Until one server has accepted the sender, each failure there (no
+    connection, a refusal with 4xx or 5xx, a lost connection) leads to the
+    next server.  From then on the reply of that server is final.  A rejected
+    password is final, too: a second try could lock the account.  If no
+    server is left, the message bounces if each server that could be reached
+    refused the sender with 5xx; otherwise it is tried again later.  A server
+    without SMTPUTF8 counts as such a refusal, if the sender or all
+    recipients need SMTPUTF8.  If only some recipients need it, the message
+    goes to the others.
 
-    TLS is used where the server offers STARTTLS; if it fails, the message
-    goes to the same address in the clear.  What is refused then with a code
-    X.7.x, which speaks of security, is tried again later.  On port 465 it is
-    used from the first byte, and nothing is sent without.  It is required,
-    and the certificate checked, where control/tlshosts says so, where
-    authentic TLSA records of the exchanger, or of a relay given by name, do
-    (DANE, RFC 7672, by the name servers 127.0.0.1, ::1 or 127.0.0.53, or any
-    with "options trust-ad" in resolv.conf(5)), and before a password on every
-    port but 25 and 26, unless it goes to this host itself (127.0.0.0/8,
-    ::1).  After a failure of TLS no password is
-    sent in the clear.
-
-    A handshake may take a minute, or timeoutremote if that is less.  If it
-    takes longer, or the line dies before the server has answered, it is tried
-    once more with TLS 1.2 at most, for some servers hang when they are offered
-    more.  Where a certificate is checked, TLS 1.2 is the least that is used.
-    Where nothing is checked, any TLS is better than none.
-
-    With PIPELINING the whole envelope leaves at once; SIZE, 8BITMIME and
+    With PIPELINING the whole envelope is sent at once.  SIZE, 8BITMIME and
     SMTPUTF8 are used where they are offered.
 
-    If descriptor 2 is a terminal, qmail-remote shows there what it does:
-    --- the route, what DNS answers, the server, TLS, how far a long message
-    is; >>> what it says; <<< what the server says.  Passwords are left out,
-    bytes that a terminal could obey appear as \x and two digits.
+    If descriptor 2 is a terminal, qmail-remote shows its work there.  Lines
+    with --- are about the route, DNS, the server, TLS and the progress of a
+    long message; >>> is sent, <<< is received.  Passwords are left out.
+    Bytes that a terminal could obey appear as \x and two digits.
 
     There are no options; getopt(3) is not followed.
 
@@ -4902,6 +4887,47 @@ TRANSPARENCY
     space, a control byte, < or > outside its local part, is refused and
     never sent.
 
+TLS
+    TLS is used where the server offers STARTTLS.  Where the certificate is
+    not checked, TLS 1.0 and weak ciphers are accepted, for they are better
+    than clear text.  If STARTTLS or the handshake fails there, the message
+    goes to the same address in the clear, on a second connection.  On port
+    465 TLS begins with the first byte, and nothing is sent without it.
+
+    TLS is required, and the certificate is checked, in three cases:
+    control/tlshosts has a file for the server; authentic TLSA records exist
+    for the exchanger, or for a relay given by name (DANE, RFC 7672); or a
+    password is for the server and its port is not 25 or 26.  This host
+    itself (127.0.0.0/8, ::1) may get a password in the clear on any port.  A
+    file in tlshosts decides before TLSA records do, and these before the
+    system's trust store.  In all three cases at least TLS 1.2 is used, with
+    OpenSSL's security level 1, or higher if the system asks for that.
+
+    A handshake may take 60 seconds, or timeoutremote if that is less.  If it
+    takes longer, or the connection is lost before the server has answered,
+    the next connection offers TLS 1.2 at most, with the same checks: some
+    servers hang when more is offered.  A server whose certificate fails
+    against tlshosts gets a second connection, to see whether it shows the
+    very certificate that is in the file.
+
+    After a failure of TLS no password is sent in the clear.  A refusal with
+    a code X.7.x then is temporary, for it may be TLS that the server misses.
+    The same holds if notlshosts, or a Python without the ssl module, was the
+    reason not to use TLS.
+
+    On ports 25 and 26 a password goes over TLS if that is offered, with the
+    certificate unchecked.  An attacker between the two hosts can then take
+    TLS away, or show another certificate, and get the password.
+
+    DANE takes name servers whose word about DNSSEC can be believed: all of
+    them are 127.0.0.1, ::1 or 127.0.0.53, or resolv.conf(5) has "options
+    trust-ad".  127.0.0.11 of Docker only forwards and is not believed.  TLSA
+    records with usage 2 and 3 count.  With usage 2 the certificate may be
+    for the exchanger or for the domain of the recipient.  Usage 2 with a
+    digest takes CPython 3.10 or later; before, such records are unusable.
+    Where all records are unusable TLS is required, and nothing is checked.
+    If TLSA records cannot be looked up, the server is passed over.
+
 RESULTS
     qmail-remote prints one report for each recipient, in the order of the
     arguments (fewer if the delivery fails), then one report for the
@@ -4917,44 +4943,110 @@ RESULTS
 
     A description for a human reader follows.  When several servers were
     tried, there is one line for each that failed.  User names and passwords
-    are cut out of what servers say; of a reply to AUTH, each line with a part
-    of a password.  The last line about a message that went
-    over TLS names the protocol, the cipher, and what is known of the
-    certificate: "certificate not checked", "verified", "pinned" or "DANE".
-    If TLS failed and the message went in the clear, it says so, and why:
-    "TLS failed: WHY, sent in the clear".
+    are removed from the texts of servers.  From a reply to AUTH each line
+    with a part of a password is left out.  The last line about a message
+    that went over TLS names the protocol, the cipher, and what is known of
+    the certificate: "certificate not checked", "verified" (by a CA),
+    "pinned" (this very certificate is in tlshosts) or "DANE".  If TLS failed
+    and the message went in the clear, the line is "TLS failed: WHY, sent in
+    the clear".
 
-    qmail-remote exits 0, always, unless Python cannot be started at all:
-    then 111, which qmail-rspawn reads as a temporary failure.
+    The exit status is 0, whatever the outcome.  It is 111 if Python cannot
+    be started; qmail-rspawn takes that for a temporary failure, and any
+    other status for a bounce.  Python needs 13 descriptors and up to 64 MB
+    of memory, sh 12 descriptors and 5 MB.  Where sh itself cannot start, or
+    where the file is cut off in its first lines, the message bounces.
 
 SPAWNER
-    Run under the name qmail-rspawn, the program takes the place of that one:
-    it reads the commands of qmail-send, runs no qmail-remote, but delivers
-    itself, in processes that stay alive.  qmail-start starts it.
+    Run under the name qmail-rspawn, the program takes the place of
+    qmail-rspawn.  It reads the commands of qmail-send, and makes the
+    deliveries itself, in processes that stay alive.  No other program is
+    run, and $QMAILREMOTE is not used.  qmail-start starts it.
 
-    Recipients of one message with the same sender and the same host, whose
+    Recipients of one message with equal senders and equal hosts, whose
     commands come within 5 milliseconds, go together, up to 50.  Each has a
-    report of his own.  Who has not got the message that way, but by himself
-    might have, is tried once more, alone: nobody bounces because of others.
+    report of his own.  A recipient that did not get the message in company,
+    but might get it alone, is tried once more, alone: no recipient bounces
+    because of others.
 
     A process makes up to 200 deliveries.  It ends after a minute without
-    any, and when a control file, resolv.conf(5) or the system's trust store
-    has changed.  Nothing is kept from one message to the next, but sessions
-    of TLS to be resumed, which name server answered, and which servers get
-    no more than TLS 1.2 because they hung.  If a process is killed, its
-    deliveries are deferred.
+    work, and when a control file, resolv.conf(5) or the system's trust store
+    has changed.  Nothing is kept from one message to the next, except TLS
+    sessions that can be resumed, which name server answered, and which
+    servers get TLS 1.2 at most because they hung.  If a process is killed,
+    its deliveries are deferred.
 
     At the end of its input, or within seconds after the sh that started it
     is killed, qmail-rspawn takes no more commands, finishes what has begun,
-    and exits 0; if it cannot start, 111.  If no process can be made,
-    deliveries wait for those that there are.  $QMAILREMOTE counts for
-    nothing here.
+    and exits 0.  If it cannot start it exits 111.  If no process can be
+    made, deliveries wait for the processes that exist.
+
+TIMES
+    A delivery takes at most, in seconds,
+
+        D + S * (C + H * R + T) + (N + P + 2) * R
+
+    D is for DNS: stages * attempts * name servers * timeout.  There are two
+    stages, MX and the rest; one if a relay is named; none if an IP address
+    is given; one more if an exchanger or relay is an alias and DANE is used.
+    The addresses of up to 128 exchangers are one stage, for their questions
+    run at once.  attempts (default 2) and timeout (default 5) are options of
+    resolv.conf(5); up to 3 name servers are used.  After 2 seconds the
+    addresses of the best exchangers are enough, if all of them are known.
+    If these then fail, all is asked again: at worst this doubles D.
+
+    S is the number of connections: at most 20 addresses, each twice if TLS
+    fails at the end, three times if a handshake hung.  An address that is in
+    tcpto with two time-outs takes no time.
+
+    C is timeoutconnect (default 60), R is timeoutremote (default 1200), T is
+    for the TLS handshake: 60, or R if that is less.
+
+    H is the number of replies until MAIL is accepted: 4 (greeting, EHLO,
+    HELO, MAIL).  With TLS there are 2 more, STARTTLS and EHLO.  With a
+    password there are up to 5 more (CRAM-MD5 and PLAIN unknown, then 3 for
+    LOGIN), and HELO drops out.
+
+    N is the number of recipients, one reply each.  Under qmail it is 1; up
+    to 50 if the program is qmail-rspawn, which may take the time for 1 in
+    addition.
+
+    P is the number of parts of the message: one for each 64 KiB that is
+    sent, and one for each 256 KiB that is read.  The last 2 are the replies
+    to DATA and to the message.
+
+    For one recipient, 30 KB, one name server, without TLS:
+
+                                        defaults   timeoutremote 600
+        20 servers do not connect         1220 s              1220 s
+        1 server delays all it can        9680 s              4880 s
+        20 such servers                 102020 s             51620 s
+
+    The first line is 20 + 20 * 60.  It happens, and tcpto makes it shorter
+    next time.  The last one is 20 + 20 * (60 + 4 * 1200) + 4 * 1200.
+
+    To shorten it, set timeoutremote to 600.  RFC 5321 (4.5.3.2) asks for no
+    more than that; with less, a slow server may accept a message that is
+    then sent again.  Next set timeoutconnect to 20 or 30, and "options
+    timeout:2" in resolv.conf(5).
+
+    The formula leaves out what takes ill will: a server that reads nothing
+    can let a command wait up to R before it is sent, which doubles H, N and
+    the reply to DATA.  It leaves out a slow reader of the reports, a
+    message that comes by a slow pipe, up to 1 second for the lock of tcpto,
+    and the processor.
+
+    To end a delivery now, kill its sh, whose child is Python.  Python
+    notices within 5 seconds while it waits for the network.  The message is
+    deferred; if it was on its way, it may arrive twice.  If the program is
+    qmail-rspawn, kill the process that has the connection, a child of its
+    first Python.
 
 REPORTS
     IP is the server's address, HOST a name, WHAT a step of AUTH.  Where a
     reply has a part in it, "Remote host said: " and the reply follow.
 
-    For good (D; h for one recipient):
+    Permanent (D; h for one recipient):
 
         I (qmail-remote) was invoked improperly. (#5.3.5)
         Sorry, I couldn't find any host named HOST. (#5.1.2)
@@ -4970,11 +5062,11 @@ REPORTS
         IP does not take non-ASCII addresses, such as the sender's. (#5.6.7)
         IP does not take non-ASCII addresses. (#5.6.7)
 
-    For now (s), because others of its recipients could be sent to:
+    Temporary (s), because the message goes to other recipients of it:
 
         IP does not take non-ASCII addresses. (#4.6.7)
 
-    By the server's reply for good (5xx: D, h) or for now (4xx: Z, s):
+    Permanent or temporary as the server's reply is (5xx: D, h; 4xx: Z, s):
 
         Connected to IP but sender was rejected.
         IP does not like recipient.
@@ -4982,7 +5074,7 @@ REPORTS
         IP failed on DATA command.
         IP failed after I sent the message.
 
-    For now (Z), because of this host, its control files or its network:
+    Temporary (Z), because of this host, its control files or its network:
 
         Unable to switch to home directory. (#4.3.0)
         Unable to read control files. (#4.3.0)
@@ -4996,7 +5088,7 @@ REPORTS
         Sorry, I couldn't find the relay HOST. (#4.4.4)
         Sorry, I couldn't look up the TLSA records of HOST. (#4.4.3)
 
-    For now, because of the servers:
+    Temporary, because of the servers:
 
         Sorry, I wasn't able to establish an SMTP connection. (#4.4.1)
         Connected to IP but greeting failed.
@@ -5024,8 +5116,9 @@ REPORTS
 
         IP accepted message.
 
-    A password for the relay was configured and could not be used.  With K
-    this comes first; all that the relay refuses is refused for now:
+    If a password for the relay was configured and could not be used, one of
+    these comes first (K), or in addition.  Whatever the relay refuses then
+    is temporary:
 
         no supported AUTH method found, continuing without authentication.
         the line of this route in the control files has no WHAT, continuing
@@ -5050,11 +5143,17 @@ REPORTS
         Internal error: messid too short. (#5.3.5)
 
 CONTROL FILES
-    All of them are in the directory control of the qmail home.  A file may
-    be absent.  One that cannot be read, is longer than 1 MiB or holds
-    nonsense defers all mail, and so does a symbolic link that leads nowhere.
-    In smtproutes and authsenders a blank at the beginning of a line or
-    before its colon is nonsense, in all files a byte order mark.
+    All of them are in the directory control of the qmail home, and each
+    delivery reads them.  A file may be absent.  A file that cannot be read,
+    is longer than 1 MiB or holds nonsense defers all mail until it is
+    mended, and so does a symbolic link that leads nowhere.  Nonsense is, for
+    example, a port over 65535, a relay that is no host name, or a moreipme
+    line that is no address; in smtproutes and authsenders a blank at the
+    beginning of a line or before its colon; in all files a byte order mark.
+
+    All files belong to root, group qmail.  smtproutes with passwords,
+    authsenders and clientcert.pem have mode 0640, the others 0644.  The
+    user qmailr has to be able to read them.
 
     helohost
         Name to greet with.  Default: me, if that is supplied; otherwise
@@ -5079,6 +5178,9 @@ CONTROL FILES
         other names that end with .af.mil use their mail exchangers, and
         everything else goes to heaven.af.mil.
 
+        The name of a relay is looked up in DNS, never in /etc/hosts.  A
+        relay that DNS does not know defers the message.
+
     authsenders
         Relays and passwords by envelope sender, stronger than smtproutes:
         sender:relay|user|password, sender:relay:port|user|password.  The
@@ -5099,12 +5201,11 @@ CONTROL FILES
         without.  A line with a relay but without any | is a route only;
         sender: alone means mail exchangers as usual.
 
-        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  If
-        the relay offers none of them, or the line lacks the user or the
-        password, mail goes without, here and in smtproutes, but nothing
-        that the relay refuses then bounces: it is tried again later.  This
-        file and smtproutes hold passwords: give them to root, group qmail,
-        mode 0640.
+        Methods are CRAM-MD5, PLAIN and LOGIN, over TLS CRAM-MD5 last.  Only
+        504, which says that the server does not know a method, leads to the
+        next one.  If the relay offers none of them, or the line lacks the
+        user or the password, mail goes without, here and in smtproutes.
+        What the relay refuses then does not bounce: it is tried again later.
 
     timeoutconnect
         Seconds to wait for a server to accept a connection.  Default: 60.
@@ -5137,21 +5238,24 @@ CONTROL FILES
         at most 50; 0 or 1: each has his own.  Default: 50.
 
     tlshosts/NAME.pem
-        Certificates, in PEM form.  The exchanger or relay NAME (in lower
-        case; an address for a relay that is given as one) gets mail only
-        over TLS, and only with a certificate that is in this file, whatever
-        its name and age, or with one for NAME that comes from a CA in it.
+        Certificates, in PEM form.  NAME is the name of the exchanger, or of
+        the relay as in the route: in lower case, without a final dot, as
+        A-labels (xn--); for a relay that is given as an address, the address
+        without brackets.  NAME gets mail only over TLS, and only with a
+        certificate that is in this file, whatever its name and age, or with
+        one for NAME, in date, from a CA in it.
 
     notlshosts/NAME
-        If the file exists, no TLS with NAME.  tlshosts is stronger.
+        If the file exists, no TLS with NAME.  The file may be empty.
+        tlshosts is stronger than notlshosts.  Both are stronger than DANE.
 
     clientcert.pem
         A certificate and its key, to show to servers that ask for one.
-        Give it to root, group qmail, mode 0640.
 
     tlsclientciphers
         The ciphers to use up to TLS 1.2, a list for OpenSSL, see
-        ciphers(1).
+        ciphers(1).  Ciphers without a certificate are never used, nor is
+        security level 0 where a certificate is checked.
 
     ../queue/lock/tcpto
         Servers that recently timed out, shared with qmail-tcpto(8) and
@@ -5175,45 +5279,59 @@ SECURITY
     not in tlshosts can be made to look as if it had no TLS, or another
     certificate; use another port or tlshosts for a password.
 
+    Bytecode beside the file is used only if root alone can write it.
+
 DIFFERENCES
-    From qmail-remote of qmail 1.03:
+    From qmail-remote of qmail 1.03 (netqmail and notqmail have changed some
+    of this); what is not listed is meant to be equal.
 
-    It says EHLO, and HELO only after a 5xx to that; it knows TLS, passwords,
-    PIPELINING, SIZE, 8BITMIME, SMTPUTF8 and IPv6 (after IPv4).
+    Servers.  EHLO is sent, and HELO only after a 5xx to EHLO.  IPv6 is used
+    after IPv4.  STARTTLS, passwords, PIPELINING, SIZE, 8BITMIME and SMTPUTF8
+    are supported.  The next server is tried after each failure before MAIL
+    is accepted, not only if there was no connection: one broken exchanger
+    stops no mail.  The report has a line for each server that failed.
 
-    It goes on to the next server after whatever goes wrong before MAIL is
-    accepted, and reports each server that failed.
+    Messages.  A CR alone ends a line, CR LF is one line end, and a dot after
+    either is doubled.  Some servers take CR for a line end; a message could
+    otherwise hold its own end, and a forged message after it.  A partial
+    final line is found before connecting, if the input is a file.
 
-    A CR alone ends a line, and CR LF is one line end.
+    Time.  timeoutremote is for each whole reply, and for each 64 KiB of the
+    message, not for each read: no server can hold a delivery without end.
 
-    timeoutremote is for each whole reply, and for each 64 KiB of the
-    message, not for each read.
+    DNS.  The program asks the name servers itself, with random identifiers
+    and ports, and checks the answers strictly.  EDNS0 is used, and TCP if an
+    answer is truncated; the addresses of all exchangers are asked for at
+    once.  /etc/hosts and search lists are not used.  A null MX (RFC 7505)
+    bounces the message.  A relay that DNS does not know defers it: an error
+    in a control file bounces nothing.
 
-    It asks the name servers itself and checks their answers strictly; there
-    is no /etc/hosts, no search list.  A null MX (RFC 7505) bounces the mail.
-    A relay that DNS does not know defers it.
+    Replies.  A reply is three digits from 200 to 599, of one class on all
+    its lines, and has 1 MiB at most; anything else counts as a lost
+    connection.  In the reply to the message, lines without digits after the
+    first one are passed over, for some servers write them.  530 is
+    temporary, for it asks for a password or TLS.  552 to a recipient after
+    others were accepted is temporary: it means too many recipients (RFC
+    5321 4.5.3.1.10).  Only 354 opens the data phase.  A refusal in the
+    middle of the message is read, and is the result.
 
-    A reply is three digits from 200 to 599, of the same class on each line,
-    1 MiB at most; anything else is a dead line.  But in the reply to the
-    message, lines without digits after the first one are passed over.  530
-    is temporary; so is 552 to a recipient after others were accepted.  Only
-    354 opens the data phase.  A refusal in the middle of the message is
-    read, and is the verdict.
-
-    A partial final line is seen before connecting, if the input is a file.
-
-    An address is this host's own if one of its interfaces has it, over
-    IPv6 as well.
-
-    The recipient's domain is not replaced by what a CNAME says.  Bytes that
+    Addresses.  An address is this host's own if the kernel says that an
+    interface has it; this works for IPv6, too.  The recipient's domain is
+    not replaced by the target of a CNAME: RFC 5321 no longer asks for that,
+    and it sends mail to names that the server does not know.  Bytes that
     could become commands are not sent.
 
-    QUIT is sent and not waited for.  The exit status is 0 or 111.
+    End.  QUIT is sent, and its reply is not waited for.  The exit status is
+    0 or 111.
+
+    From the SMTP AUTH patch: a line of authsenders without a relay counts.
+    "no supported AUTH method found" is never a report by itself, before the
+    outcome is known; qmail-rspawn took it for success.
 
     From qmail-rspawn of qmail 1.03: no program is run.  A recipient's report
-    waits for those who go with him.  When it is killed, deliveries under way
-    stop within seconds and are deferred.  The number of deliveries at once
-    is in a control file.
+    waits for those of the recipients that go with him.  When it is killed,
+    deliveries under way stop within seconds and are deferred.  The number of
+    deliveries at once is in a control file.
 
 SEE ALSO
     qmail-control(5), qmail-send(8), qmail-rspawn(8), qmail-tcpok(8),

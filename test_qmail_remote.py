@@ -7,6 +7,7 @@ name server); pure tables; dialogues; the process from outside; real peers
 and the commands `demo`, `bench`, `fuzz` and `check`, which runs all tests.
 python3 test_qmail_remote.py Class.test runs one.
 """
+import ast
 import atexit
 import binascii
 import collections
@@ -6031,8 +6032,8 @@ class FuzzCase(FuzzClock):
                          'a part of a secret is told')
 
     def bound(self):
-        """As the README has it; twice for what may have to wait for room
-        in the send buffer, since servers stall here."""
+        """As the manual has it (TIMES); twice for what may have to wait for
+        room in the send buffer, since servers stall here."""
         auth = 6 if self.secrets else 0
         replies = 3 + 2 + auth          # to MAIL; STARTTLS, EHLO
         parts = 6 + 2 * len(self.wire()) // 65536
@@ -9157,7 +9158,7 @@ class OutgoingAddress(Tables):
 
 def bound(servers=1, replies=4, recipients=1, parts=1, seconds=5, connect=5,
           dns=0):
-    """README, section 6, and two seconds for Python to start."""
+    """The manual, TIMES, and two seconds for Python to start."""
     return (dns + servers * (connect + replies * seconds)
             + (recipients + parts + 2) * seconds + 2)
 
@@ -10952,7 +10953,6 @@ class ManualPage(unittest.TestCase):
                 for line in examples:
                     self.assertIn(line, lines)
 
-
     def test_nothing_is_missing(self):
         """Every report, control file and environment variable is in it."""
         manual = ' '.join(MANUAL.split())
@@ -10972,6 +10972,144 @@ class ManualPage(unittest.TestCase):
             self.assertIn(file, manual)
         for variable in re.findall(r"environ\.get\(b'([A-Z_]+)'", program):
             self.assertIn(variable, manual)
+
+    def test_times(self):
+        """The formula gives the figures of its examples, and what bound()
+        has for the tests of real processes."""
+        times = re.search(r'(?ms)^TIMES\n(.*?)^[A-Z]', MANUAL).group(1)
+        formula = re.search(r'(?m)^ {8}(D \+ .*)$', times).group(1)
+
+        def most(**values):
+            return eval(formula, dict({'T': 0, 'N': 1, 'P': 1, 'C': 60},
+                                      **values))
+        unreached = {'H': 0, 'N': -2, 'P': 0}    # and so no reply at all
+        for line, values in (
+                ('20 servers do not connect', dict(unreached, S=20)),
+                ('1 server delays all it can', {'S': 1, 'H': 4}),
+                ('20 such servers', {'S': 20, 'H': 4})):
+            figures = re.search('%s +([0-9]+) s +([0-9]+) s' % line, times)
+            self.assertEqual([int(figure) for figure in figures.groups()],
+                             [most(D=2 * 2 * 5, R=R, **values)
+                              for R in (1200, 600)])
+        for values in ((1, 4, 1, 1, 5, 5, 0), (3, 11, 50, 7, 600, 60, 20)):
+            S, H, N, P, R, C, D = values
+            self.assertEqual(bound(*values) - 2, most(
+                D=D, S=S, C=C, H=H, R=R, N=N, P=P))
+
+
+class Readme(unittest.TestCase):
+    """What README says, as far as it can be checked."""
+
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(HERE, 'README'), encoding='ascii') as f:
+            cls.text = f.read()
+        with open(PROGRAM, encoding='utf-8') as f:
+            cls.lines = f.read().split('\n')
+        body = ast.parse('\n'.join(cls.lines)).body
+        cls.header = cls.last_line(body[0])
+        cls.functions = list(cls.find_functions(body, ''))
+
+    @staticmethod
+    def last_line(node):
+        """Before Python 3.8 a string has the number of its last line."""
+        return max(getattr(inner, 'end_lineno', inner.lineno)
+                   for inner in ast.walk(node) if hasattr(inner, 'lineno'))
+
+    @classmethod
+    def find_functions(cls, body, before):
+        """(name, its class before it, and its first and last lines)."""
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from cls.find_functions(node.body, node.name + '.')
+            elif isinstance(node, ast.FunctionDef):
+                yield before + node.name, node.lineno, cls.last_line(node)
+
+    def section(self, title):
+        return re.search(r'(?ms)^\d+  %s\n(.*?)(?=^\d+  [A-Z]|\Z)' % title,
+                         self.text).group(1)
+
+    def place(self, number):
+        """What has a line of the program."""
+        if number <= self.header:
+            return 'the header'
+        for name, first, last in self.functions:
+            if first <= number <= last:
+                return name + '()'
+        return 'the top level'
+
+    def test_its_form(self):
+        lines = self.text.split('\n')
+        self.assertLessEqual(len(lines) - 1, 380)
+        self.assertEqual([], [line for line in lines if len(line) > 72])
+        self.assertIn(' %s ' % qr.VERSION, lines[0])
+        self.assertTrue(self.section('CHANGES').lstrip().startswith(
+            qr.VERSION + ':'))
+
+    def test_greps(self):
+        """Each command finds as many lines as README says, in the functions
+        that it names."""
+        audit = self.section('AUDITING IT')
+        values = '\n'.join(re.findall(r'(?m)^    ([A-Z]=.*)$', audit)) + '\n'
+        found = re.findall(r'(?m)^    (grep .*)\n((?: {8}\S.*\n)+)', audit)
+        self.assertEqual(audit.count('\n    grep '), len(found))
+        self.assertGreater(len(found), 12)
+        for command, text in found:
+            done = subprocess.run(
+                ['/bin/sh', '-c', values + command], cwd=HERE, timeout=30,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            lines = done.stdout.decode().split('\n')[:-1]
+            with self.subTest(command, lines=lines):
+                self.assertEqual(re.match(r' *(\d+)', text).group(1),
+                                 str(len(lines)))
+                named = set(re.findall(r'[\w.]+\(\)', text))
+                if 'the header' in ' '.join(text.split()):
+                    named.add('the header')
+                self.assertEqual(named, {
+                    self.place(int(line.split(':')[0])) for line in lines})
+
+    def test_calls(self):
+        """One > another: it calls it.  All functions named are there."""
+        sources = {name + '()': '\n'.join(self.lines[first - 1:last])
+                   for name, first, last in self.functions}
+        self.assertEqual([], [
+            name for name in re.findall(r'[\w.]+\(\)', self.text)
+            if name not in sources])
+        calls = re.findall(r'([\w.]+\(\))(?= >\s+([\w.]+\(\)))', self.text)
+        self.assertGreater(len(calls), 10)
+        for caller, called in calls:
+            self.assertRegex(sources[caller], r'\b%s\b' % re.escape(
+                called.rpartition('.')[2][:-2]), caller)
+
+    def test_sections(self):
+        """Of the program; 2 and those that touch nothing are not listed."""
+        program = re.findall(r'(?m)^# -+ (\d+)\. (.*)$',
+                             '\n'.join(self.lines))
+        listed = re.findall(r'(?m)^    ( ?\d+) (\w+(?: \w+)?)  ',
+                            self.section('AUDITING IT'))
+        self.assertGreater(len(listed), 8)
+        for number, name in listed:
+            self.assertIn((number.strip(), name), program)
+
+    def test_reports(self):
+        """Its list has texts of the manual, and of the classic program."""
+        texts = re.findall(r'(?m)^(?! )(.*)\n    ',
+                           self.section('IF IT DOES NOT WORK'))
+        self.assertGreater(len(texts), 12)
+        manual = ' '.join(MANUAL.split())
+        self.assertEqual(['Unable to run qmail-remote.'], [
+            text for text in texts if text not in manual])
+
+    def test_commands(self):
+        """Its make commands exist."""
+        with open(os.path.join(HERE, 'Makefile')) as f:
+            targets = re.findall(r'(?m)^([a-z.8-]+):', f.read())
+        named = re.findall(r'(?m)^    make ([a-z.8-]+)', self.text)
+        self.assertGreater(len(named), 8)
+        for target in named:
+            self.assertIn(target, targets)
 
 
 def anybody(*command, **options):
