@@ -102,10 +102,14 @@ QMAIL_HOME = "/var/qmail"
 
 
 class Record:
-    """A record with the fields that __slots__ names, in their order."""
+    """A record with the fields that __slots__ names, in their order.  One
+    field too few or too many is a TypeError."""
     __slots__ = ()
 
     def __init__(self, *fields):
+        if len(fields) != len(self.__slots__):
+            raise TypeError('%s has %d fields, not %d' % (
+                type(self).__name__, len(self.__slots__), len(fields)))
         for name, field in zip(self.__slots__, fields):
             setattr(self, name, field)
 

@@ -1336,6 +1336,8 @@ class ControlFiles(Tables):
         self.assertNotEqual(server, qr.NameServer(2, ('192.0.2.2', 53), True))
         self.assertNotEqual(server, (2, ('192.0.2.1', 53), True))
         self.assertIn('192.0.2.1', repr(server))
+        for fields in (2, ('192.0.2.1', 53)), (2, ('192.0.2.1', 53), True, 0):
+            self.assertRaises(TypeError, qr.NameServer, *fields)
 
     def test_first_line(self):
         for data, want in (
