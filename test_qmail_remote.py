@@ -5827,7 +5827,7 @@ class FuzzCase(FuzzClock):
         self.control = qr.Control(
             HELO_NAME, self.connecting, self.seconds,
             table if self.named or chance.random() < .5 else {},
-            chance.choice(({}, table, {b'': own})), [], [])
+            chance.choice(({}, table, {b'': own})), [], [], {}, 50)
         if self.named and credentials:
             self.secrets = self.forms
         self.host = b'there.example'
