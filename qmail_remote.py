@@ -483,13 +483,18 @@ def visible(text):
 
 
 # ---------------------------------------------------------------- 5. Addresses
-# Envelope addresses and host names, as the wire wants them.  Pure.
+# Envelope addresses, host names and IP addresses.  Pure.
+#
+# A host text is a name as people write it: b'mx.example'.  A wire name is the
+# same name as DNS sends it (RFC 1035 3.1), in lower case: b'\2mx\7example\0'.
+# to_wire() and host_text() are the only ways from one to the other.
 
 SPECIALS = b'"(),:;<>@[\\]'     # RFC 5321 4.1.2: not in a Dot-string
 
 
 def unsafe(text):
-    """Whether bytes that end a command or an argument are in it."""
+    """Whether text holds a byte that ends a command or an argument: a
+    control byte, a space, < or >."""
     return any(c <= 32 or c == 127 or c in b'<>' for c in text)
 
 
@@ -503,8 +508,9 @@ def quote(box):
 
 
 def envelope_address(address):
-    """The address as it goes between < and >; None if it must never go out.
-    The domain stays as it is (qmail-remote.c, addrmangle())."""
+    """The address as it is sent between < and > (RFC 5321 4.1.2).  None if it
+    must never be sent: CR, LF or NUL anywhere, or an unsafe() domain.  The
+    domain is not changed (qmail-remote.c, addrmangle())."""
     if b'\r' in address or b'\n' in address or b'\0' in address:
         return None
     box, at, domain = address.rpartition(b'@')
@@ -514,14 +520,14 @@ def envelope_address(address):
 
 
 def non_ascii(text):
-    """Whether a byte over 127 is in it, which takes SMTPUTF8 (RFC 6531)."""
+    """Whether text holds a byte over 127, which needs SMTPUTF8 (RFC 6531)."""
     return any(c > 127 for c in text)
 
 
 def a_labels(host):
-    """A host name in ASCII: UTF-8 labels normalised (NFC), in lower case
-    and in Punycode (RFC 5891); None if it is no UTF-8.  No IDNA 2003
-    mapping: that would send mail for one domain to another."""
+    """A host text in ASCII: labels in UTF-8 are normalized (NFC), made lower
+    case and encoded in Punycode (RFC 5891).  None if it is not UTF-8.  No
+    IDNA 2003 mapping: it would send mail for one domain to another."""
     if not non_ascii(host):
         return host
     import unicodedata
@@ -537,17 +543,16 @@ def a_labels(host):
 
 
 def domain_key(domain):
-    """A host, or the end of one from a dot on, as DNS compares them: in
+    """The key of a host text, or of its end from a dot on, in smtproutes: in
     A-labels and lower case, without the final dot."""
     labels = a_labels(domain) if len(domain) <= 4 * DNS_NAME_MAX else None
     key = (domain if labels is None else labels).lower()
     return key[:-1] if key.endswith(b'.') and key != b'.' else key
 
 
-def wire_name(host):
-    """A host name as DNS wants it, in lower case (RFC 1035 3.1); None if it
-    cannot be one."""
-    if len(host) > 4 * DNS_NAME_MAX:    # whatever Punycode makes of it
+def to_wire(host):
+    """The wire name of a host text; None if it cannot have one."""
+    if len(host) > 4 * DNS_NAME_MAX:    # too long, even after Punycode
         return None
     host = a_labels(host)
     if host is None:
@@ -560,32 +565,36 @@ def wire_name(host):
     return name.lower() if len(name) <= DNS_NAME_MAX else None
 
 
-def host_name(name):
-    """A wire name as text; None unless it is made of letters, digits, - and
-    _, so that it can be part of a path and of a certificate's name."""
+def labels_of(wire_name):
+    """The labels of a wire name, without the empty one at its end."""
     labels, at = [], 0
-    while name and name[at]:
-        labels.append(name[at + 1:at + 1 + name[at]])
-        at += 1 + name[at]
-    text = b'.'.join(labels)
-    if not text or not all(labels) or not all(
-            c in b'abcdefghijklmnopqrstuvwxyz0123456789-_.' for c in text):
+    while wire_name[at:at + 1] > b'\0':
+        end = at + 1 + wire_name[at]
+        labels.append(wire_name[at + 1:end])
+        at = end
+    return labels
+
+
+def host_text(wire_name):
+    """The host text of a wire name.  None unless each label is made of the
+    characters of a host name: only then it is safe in a path, and can stand
+    in a certificate."""
+    labels = labels_of(wire_name)
+    if not labels or not all(
+            c in b'abcdefghijklmnopqrstuvwxyz0123456789-_'
+            for label in labels for c in label):
         return None
-    return text if not any(b'.' in label for label in labels) else None
+    return b'.'.join(labels)
 
 
-def dotted(name):
-    """A wire name for human eyes, whatever is in it."""
-    text, at = b'', 0
-    while name[at:at + 1] > b'\0':
-        text += name[at + 1:at + 1 + name[at]] + b'.'
-        at += 1 + name[at]
-    return text[:-1] or b'.'
+def dotted(wire_name):
+    """A wire name to be shown to a person, whatever bytes it holds."""
+    return b'.'.join(labels_of(wire_name)) or b'.'
 
 
 def canonical(text):
     """An IP address in its canonical short form, IPv4 in IPv6 as IPv4; None
-    if it is no address.  Strict: four decimal numbers, no zone."""
+    if text is no IP address.  Strict: four decimal numbers, no zone."""
     try:
         return address_text(packed(text))
     except (OSError, ValueError):
@@ -593,7 +602,7 @@ def canonical(text):
 
 
 def address_text(data):
-    """4 or 16 bytes as an address (bytes).  ::ffff:1.2.3.4 is 1.2.3.4."""
+    """The IP address (text) of 4 or 16 bytes.  ::ffff:1.2.3.4 is 1.2.3.4."""
     if len(data) == 16 and data.startswith(bytes(10) + b'\xff\xff'):
         data = data[12:]
     family = socket.AF_INET if len(data) == 4 else socket.AF_INET6
@@ -606,12 +615,13 @@ def family_of(address):
 
 
 def packed(address):
-    """The 4 or 16 bytes of such an address."""
+    """The 4 or 16 bytes of an IP address (text).  Raises OSError or
+    ValueError if it is none."""
     return socket.inet_pton(family_of(address), address.decode('ascii'))
 
 
 def literal(host):
-    """The address in 1.2.3.4, [1.2.3.4], [2001:db8::1] or
+    """The IP address in 1.2.3.4, [1.2.3.4], [2001:db8::1] or
     [IPv6:2001:db8::1] (RFC 5321 4.1.3); None if host is none of these."""
     if not host.startswith(b'['):
         return canonical(host) if b':' not in host else None
@@ -931,7 +941,7 @@ def parse_route(value):
     else:
         end = len(place.replace(b';', b':').split(b':', 1)[0])
         relay, rest = place[:end], place[end:]
-        if relay and literal(relay) is None and wire_name(relay) is None:
+        if relay and literal(relay) is None and to_wire(relay) is None:
             raise Invalid(value)
     port = None
     if rest:
@@ -1608,13 +1618,13 @@ def find_servers(host, route, resolver, own, hurry=False):
         found, soft = [Exchanger(0, None, [address], [], None)], []
         late = []
     else:
-        name = wire_name(target)
+        name = to_wire(target)
         if name is None:
             raise Undeliverable(missing)
         exchangers, signed, rest, end = \
             ([(0, name)], resolver.trusted(), [], name) if relay else \
             find_exchangers(name, resolver, missing, host)
-        next_hop = [host_name(name), host_name(end)]
+        next_hop = [host_text(name), host_text(end)]
         found, soft, late, exists = find_addresses(
             exchangers, resolver, port if signed else None, hurry)
         soft += rest
@@ -1645,8 +1655,8 @@ def servers_of(exchangers, port, next_hop):
     """The Servers that exchangers have, each address once."""
     servers, seen = [], set()
     for exchanger in exchangers:
-        name = host_name(exchanger.name)
-        tlsa_name = host_name(exchanger.tlsa_name)
+        name = host_text(exchanger.name or b'')
+        tlsa_name = host_text(exchanger.tlsa_name or b'')
         for address in exchanger.addresses:
             if len(servers) == SERVERS_MAX:
                 return servers
@@ -1831,7 +1841,7 @@ def dane_records(addresses, tlsa, alias=None):
 def literal_target(name):
     """The address that a thoughtless MX record has for a name, or None.
     Classic qmail-remote delivers to it, and so do we (dns.c)."""
-    return canonical(host_name(name) or b'') if name[1:2].isdigit() else None
+    return canonical(host_text(name) or b'') if name[1:2].isdigit() else None
 
 
 def better_than_own(found, soft, own):
