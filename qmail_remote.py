@@ -3099,167 +3099,165 @@ def printable_words(text):
 
 
 # ----------------------------------------------------------------- 13. Message
-# From LF to what goes over the wire (pure), and the only reader of fd 0.
+# Its form on the wire (pure), and the only code that reads fd 0.
 
 def wire_form(blocks):
-    """The message in blocks of wire form, without the final dot.  CR LF and
-    CR alone are line ends like LF; every line made is looked at for its
-    dot, so that nothing in a message can look like its end (RFC 5321
-    4.5.2)."""
+    """Yields the message, given in blocks of any size, as it goes over the
+    wire (RFC 5321 4.5.2), without the end of the data.
+
+    Why no message can hold an end of data (rule 4), however it is cut into
+    blocks: A CR at the end of a block waits for the next block, so CR LF is
+    always seen whole.  Then CR LF and each CR left become LF, and text has
+    no CR any more.  So each line of text ends with LF, and each LF goes out
+    as CR LF: no lone CR or LF leaves.  A line that begins with a dot begins
+    after an LF of text or at its start after the end of a line; both get a
+    second dot.  So no line that leaves is a lone dot.
+
+    A CR at the end of the last block is never sent.  Message.blocks() has
+    raised LocalFault then: the last line has no end."""
     line_start, held = True, b''
     for block in blocks:
-        block = held + block
-        held = b'\r' if block.endswith(b'\r') else b''  # LF may follow
-        if held:
-            block = block[:-1]
-        if not block:
+        text = held + block
+        held = b'\r' if text.endswith(b'\r') else b''
+        text = text[:len(text) - len(held)]
+        if not text:
             continue
-        if b'\r' in block:
-            block = block.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-        dot = line_start and block.startswith(b'.')
-        if b'\n.' in block:
-            block = block.replace(b'\n.', b'\n..')
-        line_start = block.endswith(b'\n')
-        yield (b'.' if dot else b'') + block.replace(b'\n', b'\r\n')
+        if b'\r' in text:
+            text = text.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+        dot = b'.' if line_start and text.startswith(b'.') else b''
+        line_start = text.endswith(b'\n')
+        yield dot + text.replace(b'\n.', b'\n..').replace(b'\n', b'\r\n')
 
 
 class Message:
-    """The message on a descriptor, from where it stands.  closed: it was
-    closed when we started.  wait and clock: see The line; seconds is how
-    long to wait for each block."""
+    """The message on a descriptor, from the place where it stands.
 
-    def __init__(self, fd, closed=False, seconds=TIMEOUT_REMOTE, wait=wait,
+    fd          the descriptor; None if it was closed when we started
+    timing      seconds for each SEND_PIECE to come in; wait; clock
+    size        bytes, once check() has seen that it is a file; else None
+    head        what scan() has read of a pipe; blocks() begins with it
+    whole       head is all of the message
+    scan_result     what scan() returns, once it has run; else None"""
+
+    def __init__(self, fd, seconds=TIMEOUT_REMOTE, wait=wait,
                  clock=time.monotonic):
-        self.fd, self.closed, self.seconds = fd, closed, seconds
-        self.wait, self.clock = wait, clock
-        self.size = None        # bytes, if fd is a file
-        self.start = 0          # and where the message starts in it
-        self.head = b''         # bytes read ahead
-        self.whole = False      # there is no more than head
-        self.scan_result = None       # what survey() found
-        self.deadline, self.taken = None, 0     # of the piece being read
+        self.fd, self.timing = fd, (seconds, wait, clock)
+        self.size, self.scan_result = None, None
+        self.head, self.whole = b'', False
 
     def check(self):
         """Raises LocalFault if it can be seen in advance that the message
-        cannot be sent: it cannot be read, or ends within a line."""
-        if self.closed:
+        cannot be sent: it cannot be read, or its last line has no end."""
+        if self.fd is None:
             raise LocalFault(NO_MESSAGE)
         try:
-            start = os.lseek(self.fd, 0, 1)       # SEEK_CUR
+            start = os.lseek(self.fd, 0, 1)     # SEEK_CUR
             status = os.fstat(self.fd)
-            if not stat.S_ISREG(status.st_mode):
-                return
         except OSError:
             return              # a pipe: blocks() will see
-        self.start, self.size = start, max(0, status.st_size - start)
+        if not stat.S_ISREG(status.st_mode):
+            return
+        self.size = max(0, status.st_size - start)
         try:
             if self.size and os.pread(self.fd, 1, status.st_size - 1) != b'\n':
                 raise LocalFault(PARTIAL_LINE)
-        except OSError:
-            raise LocalFault(NO_MESSAGE)
+        except OSError as error:
+            raise LocalFault(NO_MESSAGE) from error
+
+    def scan(self):
+        """(bytes on the wire, whether there are 8-bit bytes among them),
+        for SIZE and BODY=8BITMIME.  Of a pipe with more than PEEK_MAX bytes
+        nothing is known: (None, True).  Raises LocalFault."""
+        if self.scan_result is None:
+            if self.size is not None:
+                self.scan_result = scan_blocks(file_blocks(self.fd))
+            else:
+                head = self.read_if_small()
+                self.scan_result = (None, True) if head is None else \
+                    scan_blocks((head,))
+        return self.scan_result
 
     def read_if_small(self):
-        """The whole message if it has at most PEEK_MAX bytes, else None."""
-        if self.size is not None and self.size > PEEK_MAX:
-            return None
-        while not self.whole and len(self.head) <= PEEK_MAX:
-            block = self._read()
-            self.head += block
-            self.whole = not block
-        if self.whole and self.head[-1:] not in (b'\n', b''):
+        """Reads ahead: the whole message, or None if it has more than
+        PEEK_MAX bytes.  Raises LocalFault."""
+        if not self.whole and len(self.head) <= PEEK_MAX:
+            for block in timed_blocks(self.fd, *self.timing):
+                self.head += block
+                if len(self.head) > PEEK_MAX:
+                    return None
+            self.whole = True
+        if self.whole and self.head and not self.head.endswith(b'\n'):
             raise LocalFault(PARTIAL_LINE)
         return self.head if self.whole else None
 
-    def scan(self):
-        """(how many bytes it has on the wire, whether there are 8-bit bytes
-        among them).  A pipe's size is None, and it may hold 8-bit bytes.
-        CRs beside LFs and more than COUNTED_MAX bytes make the size an
-        estimate, which is enough (RFC 1870 5)."""
-        if self.scan_result is None:
-            head = self.read_if_small()
-            if head is None and self.size is None:
-                return None, True
-            read, lines, plain = 0, 0, True
-            for block in self._peek() if head is None else (head,):
-                if read < COUNTED_MAX:
-                    counted = read + len(block)
-                    lines += block.count(b'\n')
-                read += len(block)
-                plain = plain and is_ascii(block)
-            size = read + (-(-lines * read // counted) if read else 0)
-            self.scan_result = size, not plain
-        return self.scan_result
-
     def wire_size(self):
-        """Bytes on the wire, as far as that is known; None if not."""
+        """Bytes on the wire as far as they are known, or None."""
         return self.size if self.scan_result is None else self.scan_result[0]
 
-    def _peek(self):
-        """The blocks of a file, without moving in it."""
-        at = self.start
-        while True:
-            try:
-                block = os.pread(self.fd, MESSAGE_BLOCK, at)
-            except OSError:
-                raise LocalFault(NO_MESSAGE)
-            if not block:
-                return
-            at += len(block)
-            yield block
-
-    def _read(self):
-        """The next bytes, as they come; none at the end.  Each SEND_PIECE of
-        them has to come within seconds."""
-        while True:
-            if self.taken >= SEND_PIECE or self.deadline is None:
-                self.deadline, self.taken = self.clock() + self.seconds, 0
-            try:
-                self.wait((self.fd,), (), self.deadline)
-                block = os.read(self.fd, MESSAGE_BLOCK)
-            except BlockingIOError:
-                continue
-            except (OSError, TimedOut):
-                raise LocalFault(NO_MESSAGE)
-            self.taken += len(block)
-            return block
-
     def blocks(self):
-        """Yields the bytes as they come.  Raises LocalFault if fd 0 fails, or
-        at the end if the last line has no newline."""
-        last, self.deadline = b'\n', None
+        """Yields the message in blocks, as they come.  Raises LocalFault if
+        it cannot be read, or at the end if the last line has no end."""
+        last = b'\n'
         if self.head:
             last = self.head[-1:]
             yield self.head
-        while not self.whole:
-            block = self._read()
-            if not block:
-                break
-            last = block[-1:]
-            yield block
+        if not self.whole:
+            for block in timed_blocks(self.fd, *self.timing):
+                last = block[-1:]
+                yield block
         if last != b'\n':
             raise LocalFault(PARTIAL_LINE)
 
 
-def open_message(messid, owner):
-    """A descriptor of queue/mess/messid, a regular file of this owner (a
-    user id).  Raises LocalFault (spawn.c, docmd())."""
+def timed_blocks(fd, seconds, wait, clock):
+    """Yields what a descriptor gives, to its end.  Each SEND_PIECE must come
+    within seconds.  Raises LocalFault."""
+    deadline, taken = clock() + seconds, 0
+    while True:
+        if taken >= SEND_PIECE:
+            deadline, taken = clock() + seconds, 0
+        try:
+            wait((fd,), (), deadline)
+            block = os.read(fd, MESSAGE_BLOCK)
+        except BlockingIOError:
+            continue
+        except (OSError, TimedOut) as error:
+            raise LocalFault(NO_MESSAGE) from error
+        if not block:
+            return
+        taken += len(block)
+        yield block
+
+
+def file_blocks(fd):
+    """Yields the rest of a file, and leaves its place as it is.  Raises
+    LocalFault."""
     try:
-        fd = os.open(b'queue/mess/' + messid,
-                     os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        raise LocalFault(SPAWN_NO_OPEN)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise LocalFault(SPAWN_WRONG_TYPE)
-        if status.st_uid != owner:      # damage control (spawn.c)
-            raise LocalFault(SPAWN_WRONG_OWNER)
-        return fd
-    except BaseException as error:
-        os.close(fd)
-        if isinstance(error, OSError):
-            raise LocalFault(SPAWN_NO_FSTAT)
-        raise
+        at = os.lseek(fd, 0, 1)                 # SEEK_CUR
+        while True:
+            block = os.pread(fd, MESSAGE_BLOCK, at)
+            if not block:
+                return
+            at += len(block)
+            yield block
+    except OSError as error:
+        raise LocalFault(NO_MESSAGE) from error
+
+
+def scan_blocks(blocks):
+    """(bytes on the wire, whether there are 8-bit bytes) of a message.  The
+    size is an estimate where there are CRs, dots at the start of a line, or
+    more than COUNTED_MAX bytes: RFC 1870 6.1 allows it."""
+    size, lines, counted, plain = 0, 0, 0, True
+    for block in blocks:
+        if size < COUNTED_MAX:
+            lines += block.count(b'\n')
+            counted = size + len(block)
+        size += len(block)
+        plain = plain and is_ascii(block)
+    if counted:
+        size += -(-lines * size // counted)     # rounded up
+    return size, not plain
 
 
 def is_ascii(block):
@@ -3268,6 +3266,34 @@ def is_ascii(block):
         return block.isascii()
     except AttributeError:
         return not block.translate(None, bytes(range(128)))
+
+
+def open_message(messid, owner):
+    """A descriptor of queue/mess/messid, a regular file of this owner (a
+    user id).  Raises LocalFault (spawn.c, docmd())."""
+    try:
+        fd = os.open(b'queue/mess/' + messid,
+                     os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalFault(SPAWN_NO_OPEN) from error
+    try:
+        check_message_file(fd, owner)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_message_file(fd, owner):
+    """Raises LocalFault if it is no regular file of this owner (spawn.c)."""
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise LocalFault(SPAWN_NO_FSTAT) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise LocalFault(SPAWN_WRONG_TYPE)
+    if status.st_uid != owner:
+        raise LocalFault(SPAWN_WRONG_OWNER)
 
 
 # ------------------------------------------------------------- 14. Session
@@ -4415,7 +4441,7 @@ def deliver_job(job, owner, config):
         try:
             if isinstance(control, bytes):
                 raise LocalFault(control)
-            message = Message(fd, False, control.timeoutremote)
+            message = Message(fd, control.timeoutremote)
             context = make_context(control, message, cache=config.tls_cache,
                                first=config.name_server)
             try:
@@ -4791,7 +4817,7 @@ def run(argv):
     if os.isatty(2):
         trace = Trace(2, wait)
         trace.use_colours()
-    message = Message(0, 0 in closed, control.timeoutremote)
+    message = Message(None if 0 in closed else 0, control.timeoutremote)
     return deliver(arguments[0], arguments[1], arguments[2:], control,
                    make_context(control, message, trace))
 

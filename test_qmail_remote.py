@@ -4389,13 +4389,12 @@ class MessageTables(Tables):
     def setUp(self):
         self.clock = VirtualClock()
 
-    def message(self, fd, **options):
-        return qr.Message(fd, wait=self.clock.wait, clock=self.clock,
-                          seconds=7, **options)
+    def message(self, fd):
+        return qr.Message(fd, 7, self.clock.wait, self.clock)
 
-    def whole(self, fd, **options):
+    def whole(self, fd):
         """Everything that the message yields, after its check."""
-        message = self.message(fd, **options)
+        message = self.message(fd)
         message.check()
         return b''.join(message.blocks())
 
@@ -4452,8 +4451,7 @@ class MessageTables(Tables):
             os.close(writing)
 
     def test_unreadable(self):
-        self.check(qr.NO_MESSAGE, lambda: self.message(
-            0, closed=True).check())
+        self.check(qr.NO_MESSAGE, lambda: self.message(None).check())
         fd = os.open(tempfile.gettempdir(), os.O_RDONLY)
         self.check(qr.NO_MESSAGE, self.whole, fd)
         os.close(fd)
@@ -5716,10 +5714,9 @@ class FuzzMessages:
             os.ftruncate(fd, 0)
             os.pwrite(fd, case.message, 0)
             os.lseek(fd, 0, os.SEEK_SET)
-            return qr.Message(fd, False, case.seconds, case.message_wait,
-                              case.clock)
+            return qr.Message(fd, case.seconds, case.message_wait, case.clock)
         if kind == 'closed':
-            return qr.Message(-1, case.chance.random() < .5, case.seconds,
+            return qr.Message(case.chance.choice((None, -1)), case.seconds,
                               case.message_wait, case.clock)
         reader, writer = os.pipe()
         case.pipe = [reader, writer]
@@ -5729,8 +5726,7 @@ class FuzzMessages:
         if kind == 'stuck':
             case.pieces.insert(case.chance.randrange(len(case.pieces) + 1),
                                None)
-        return qr.Message(reader, False, case.seconds, case.message_wait,
-                          case.clock)
+        return qr.Message(reader, case.seconds, case.message_wait, case.clock)
 
     def close(self):
         self.file.close()
@@ -6939,7 +6935,7 @@ def run_here(home, *args, message=MESSAGE, stdin=None, dns='127.0.0.1:1',
                                     qr.is_local),
                     qr.TcpTo(home.tcpto, time.time, os.getpid(), qr.wait),
                     connect, qr.Connection, qr.Message(
-                        body.fileno() if stdin is None else stdin, False,
+                        body.fileno() if stdin is None else stdin,
                         control.timeoutremote),
                     lambda name: at_home(home, qr.read_tls_control, name),
                     tls_context, None, qr.NO_TRACE)))
@@ -13176,7 +13172,7 @@ with open('control/port') as f:
 try:
     control, words = qr.read_control(), [os.fsencode(x) for x in sys.argv[2:]]
     context = qr.make_context(
-        control, qr.Message(0, False, control.timeoutremote))
+        control, qr.Message(0, control.timeoutremote))
     context.connect = lambda address, _, seconds: qr.connect(
         address.replace(b'192.0.2.', b'127.0.0.'), port, seconds)
     result = qr.deliver(words[0], words[1], words[2:], control, context)
