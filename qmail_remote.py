@@ -4993,7 +4993,7 @@ RESULTS
 
     The exit status is 0, whatever the outcome.  It is 111 if Python cannot
     be started; qmail-rspawn takes that for a temporary failure, and any
-    other status for a bounce.  Python needs 13 descriptors and up to 64 MB
+    other status for a bounce.  Python needs 20 descriptors and up to 64 MB
     of memory, sh 12 descriptors and 5 MB.  Where sh itself cannot start, or
     where the file is cut off in its first lines, the message bounces.
 
@@ -5001,7 +5001,8 @@ SPAWNER
     Run under the name qmail-rspawn, the program takes the place of
     qmail-rspawn.  It reads the commands of qmail-send, and makes the
     deliveries itself, in processes that stay alive.  No other program is
-    run, and $QMAILREMOTE is not used.  qmail-start starts it.
+    run, and $QMAILREMOTE is not used.  qmail-start looks for qmail-rspawn in
+    PATH: a link of that name, in the first directory there, is enough.
 
     Recipients of one message with equal senders and equal hosts, whose
     commands come within 5 milliseconds, go together, up to 50.  Each has a
