@@ -188,6 +188,7 @@ SPAWN_GATHER = 0.005            # how long they are waited for
 SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
 SPAWN_PACE = 0.002              # a fork waits so long for a free worker
 SPAWN_RETRY = 1                 # the same after a fork that failed
+SPAWN_JOB_MAX = 1 << 32         # bytes of a worker's job: any number
 SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
 WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
 
@@ -4204,6 +4205,18 @@ class ServerTry:
         return result
 
 
+def result_of(delivery):
+    """The Result that delivery() returns.  If it raises, the Result that
+    says so: a fault of this host defers the mail, whatever it is."""
+    try:
+        return delivery()
+    except LocalFault as fault:
+        return Result(fault.report)
+    except MemoryError:
+        return Result(NO_MEMORY)
+    except BaseException:
+        return Result(NO_RESOURCES)
+
 
 # ----------------------------------------------------------------- 16. Spawner
 # qmail-rspawn.  One process, the parent, reads commands from qmail-send and
@@ -4393,15 +4406,49 @@ def is_valid_answer(texts, batch):
 
 
 class WorkerConfig(Record):
-    """What workers are born with.  control: a Control, or why there is none
-    (bytes); tls_cache: a TlsCache; signature: of the files behind them, or
-    None; name_server: the one that last answered this worker, or None."""
-    __slots__ = ('control', 'tls_cache', 'signature', 'name_server')
+    """What a worker is forked with.
+
+    control     a Control; None if the control files cannot be used
+    fault       the report of all deliveries then; otherwise empty
+    tls_cache   a TlsCache; each worker goes on with a copy of its own
+    signature   the control_signature() of the files that this was read from;
+                None: read them again before the next delivery"""
+    __slots__ = ('control', 'fault', 'tls_cache', 'signature')
+
+    def batch_limit(self):
+        """How many recipients go together.  There is nothing to wait for if
+        all of them get one report."""
+        return self.control.batch if self.control else 1
+
+
+def unusable_config(fault):
+    """The WorkerConfig with which each delivery gets this report.  It lasts
+    for one dispatch: the cause may be no fault of the files."""
+    return WorkerConfig(None, fault, TlsCache(), None)
+
+
+def read_worker_config(store):
+    """The WorkerConfig of the files as they are.  store: the paths of the
+    trust store, see trust_store()."""
+    signature, cache = control_signature(store), TlsCache()
+    try:
+        control = read_control()
+        read_concurrency()      # used at the start only, but it must be valid
+    except LocalFault as fault:
+        return unusable_config(fault.report)
+    try:
+        files = read_tls_defaults()
+        for level in TlsPolicy.IF_OFFERED, TlsPolicy.SYSTEM:
+            cache.context(TlsPolicy(level, None), files)
+    except (ImportError, LocalFault):
+        pass                    # a delivery that needs a context reports it
+    return WorkerConfig(control, b'', cache, signature)
 
 
 def load_modules():
-    """Loads what a delivery may need one day, by using it: months later the
-    Python on the disk may be another than the one that runs."""
+    """Loads each module that a delivery may need, by using it.  Later that
+    could fail: the Python on the disk may have been replaced by another
+    version than the one that runs."""
     for use in (lambda: base64(b''), lambda: hmac_md5(b'', b''),
                 lambda: a_labels(b'\xc3\xa9'), lambda: 'x'.encode('idna'),
                 lambda: b'\xc3'.decode('ascii', 'ignore'),
@@ -4409,62 +4456,50 @@ def load_modules():
         try:
             use()
         except (ImportError, ValueError):
-            pass                # no MD5, no ssl: see there
+            pass                # no ssl, no MD5: the functions above cope
 
 
-def read_worker_config(store):
-    """The WorkerConfig of this moment; store as trust_store() gives it.  One
-    without a Control lasts for one delivery: what kept us from reading may
-    be no fault of the files."""
-    signature, cache = control_signature(store), TlsCache()
-    try:
-        control = read_control()
-        read_concurrency()      # told long ago, but it must make sense
-    except LocalFault as fault:
-        return WorkerConfig(fault.report, cache, None, None)
-    try:
-        files = read_tls_defaults()
-        for level in TlsPolicy.IF_OFFERED, TlsPolicy.SYSTEM:
-            cache.context(TlsPolicy(level, None), files)
-    except (ImportError, LocalFault):
-        pass                    # each delivery will see what becomes of it
-    return WorkerConfig(control, cache, signature, None)
+class JobRunner:
+    """The deliveries of a worker.  owner: the user id that messages must
+    belong to; config: a WorkerConfig; resolver: the Resolver of the last
+    delivery, None before the first.  The name server that answered it is
+    the first that the next delivery asks."""
 
+    def __init__(self, owner, config):
+        self.owner, self.config, self.resolver = owner, config, None
 
-def deliver_job(job, owner, config):
-    """One delivery of a worker: [messid, sender, host, recipients...] to
-    its verdicts()."""
-    messid, sender, host = job[:3]
-    recipients, control, result = job[3:], config.control, None
-    try:
-        fd = open_message(messid, owner)
+    def run(self, job):
+        """Makes one delivery.  job: messid, sender, host, recipients (bytes),
+        as Spawner.dispatch() sends them.  Returns the verdicts()."""
+        result = result_of(lambda: self.deliver(*job[:3], job[3:]))
         try:
-            if isinstance(control, bytes):
-                raise LocalFault(control)
-            message = Message(fd, control.timeoutremote)
-            context = make_context(control, message, cache=config.tls_cache,
-                               first=config.name_server)
-            try:
-                result = deliver(host, sender, recipients, control, context)
-            finally:
-                config.name_server = context.resolver.preferred()
+            return verdicts(result, len(job[3:]))
+        except Exception:       # no memory: the outcome stays
+            return verdicts(brief(result), len(job[3:]))
+
+    def deliver(self, messid, sender, host, recipients):
+        """The Result of one delivery.  Raises LocalFault."""
+        control = self.config.control
+        fd = open_message(messid, self.owner)
+        try:
+            if self.config.fault:
+                raise LocalFault(self.config.fault)
+            context = make_context(
+                control, Message(fd, control.timeoutremote),
+                cache=self.config.tls_cache,
+                first=self.resolver.preferred() if self.resolver else None)
+            self.resolver = context.resolver
+            return deliver(host, sender, recipients, control, context)
         finally:
-            os.close(fd)
-    except LocalFault as fault:
-        result = result or Result(fault.report)
-    except MemoryError:
-        result = result or Result(NO_MEMORY)
-    except Exception:           # not foreseen
-        result = result or Result(NO_RESOURCES)
-    try:
-        return verdicts(result, len(recipients))
-    except Exception:
-        return verdicts(brief(result), len(recipients))
+            try:
+                os.close(fd)
+            except OSError:
+                pass            # the outcome stays
 
 
-def work(sock, owner, config):
-    """A worker's life: a job in, an answer out, until the parent closes its
-    end."""
+def work(sock, runner):
+    """The life of a worker: takes jobs from the parent and answers each,
+    until the parent closes its end of the socket pair."""
     while True:
         data, job = bytearray(), []
         while not job:
@@ -4473,8 +4508,8 @@ def work(sock, owner, config):
             if not block:
                 return
             data += block
-            job = unframe(data, 1 << 32)
-        sock.sendall(frame(deliver_job(job, owner, config)))
+            job = unframe(data, SPAWN_JOB_MAX)
+        sock.sendall(frame(runner.run(job)))
 
 
 class Worker:
@@ -4507,7 +4542,7 @@ class Spawner:
         self.workers = {}       # descriptor: Worker
         self.idle = []          # Workers, the one that came last at the end
         self.unreaped = []          # process ids that nobody has waited for
-        self.config, self.store = None, trust_store()
+        self.config, self.store = unusable_config(NO_RESOURCES), trust_store()
 
     def run(self):
         """Until qmail-send has said its last, and every delivery is
@@ -4596,8 +4631,7 @@ class Spawner:
         due, group = self.open_batches.setdefault(
             key, (self.clock() + SPAWN_GATHER, []))
         group.append(command)
-        control = self.config.control
-        if isinstance(control, bytes) or len(group) >= control.batch:
+        if len(group) >= self.config.batch_limit():
             self.ready_batches.append(self.open_batches.pop(key)[1])
 
     def tell(self, delnum, text):
@@ -4623,13 +4657,12 @@ class Spawner:
     def reload_config(self):
         """A new WorkerConfig if a file behind it has changed.  Who has the old
         one gets no more work."""
-        if self.config and \
-                self.config.signature == control_signature(self.store):
+        if self.config.signature == control_signature(self.store):
             return
         try:
             self.config = read_worker_config(self.store)
         except Exception:       # no memory, no descriptor: for now
-            self.config = WorkerConfig(NO_RESOURCES, TlsCache(), None, None)
+            self.config = unusable_config(NO_RESOURCES)
         while self.idle:
             self.close_worker(self.idle.pop())
         import gc
@@ -4706,7 +4739,7 @@ class Spawner:
             os.dup2(null, 0)
             os.dup2(null, 1)
             os.close(null)
-            work(sock, self.owner, self.config)
+            work(sock, JobRunner(self.owner, self.config))
             status = 0
         finally:
             os._exit(status)
@@ -4777,8 +4810,10 @@ def reaped(pid):
 # The process: its descriptors, its arguments, its end.
 
 def fill_descriptors():
-    """Opens /dev/null in the place of closed fds 0-2, and of fd 2 unless it
-    is a terminal (qmail-rspawn reads it as reports); the closed ones."""
+    """Opens /dev/null as each of the descriptors 0, 1, 2 that is closed: a
+    report to descriptor 1 must not reach a server.  Descriptor 2 is
+    /dev/null, too, if it is no terminal: qmail-rspawn reads as a report what
+    comes from it.  Returns the list of those that were closed."""
     closed = []
     for fd in range(3):
         try:
@@ -4794,25 +4829,26 @@ def fill_descriptors():
 
 
 def argument_bytes(argument):
-    """An argument as it was given."""
+    """An argument (str) as the bytes that it was given as."""
     return argument.encode(sys.getfilesystemencoding(), 'surrogateescape')
 
 
 def enter_home():
-    """Changes to the qmail home.  Raises OSError."""
-    os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
+    """Changes to the qmail home.  Raises LocalFault."""
+    try:
+        os.chdir(os.environ.get(b'QMAILHOME') or QMAIL_HOME)
+    except OSError:
+        raise LocalFault(NO_HOME)
 
 
 def run(argv):
-    """The whole run.  Returns the Result; raises LocalFault."""
+    """A whole run of qmail-remote.  argv: its arguments (str), the name of
+    the program first.  Returns the Result.  Raises LocalFault."""
     closed = fill_descriptors()
     arguments = [argument_bytes(argument) for argument in argv[1:]]
     if len(arguments) < 3:
-        return Result(USAGE)
-    try:
-        enter_home()
-    except OSError:
-        return Result(NO_HOME)
+        raise LocalFault(USAGE)
+    enter_home()
     control, trace = read_control(), NO_TRACE
     if os.isatty(2):
         trace = Trace(2, wait)
@@ -4823,16 +4859,15 @@ def run(argv):
 
 
 def spawn():
-    """The run under the name qmail-rspawn; returns the exit status."""
+    """A whole run of qmail-rspawn.  Raises OSError and LocalFault if it
+    cannot start."""
     import _signal              # the C half of signal, as with os
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)    # see kill_worker()
+    # Ignored, it would make the system reap workers: see kill_worker().
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     fill_descriptors()
-    try:
-        enter_home()
-        owner = os.stat(b'queue/mess/.').st_uid
-        os.set_blocking(1, False)
-    except OSError:
-        return 111
+    enter_home()
+    owner = os.stat(b'queue/mess/.').st_uid
+    os.set_blocking(1, False)
     load_modules()
     TcpTo(b'queue/lock/tcpto', time.time, 0, wait).clear()
     try:
@@ -4840,32 +4875,32 @@ def spawn():
     except LocalFault:          # read_worker_config() defers all until then
         limit = SPAWN_LIMIT
     Spawner(limit, owner).run()
-    return 0
+
+
+def send_mail():
+    """A whole run of qmail-remote, with its output."""
+    result = result_of(lambda: run(sys.argv))
+    try:
+        output = output_of(result)
+    except BaseException:       # no memory: the outcome stays
+        output = output_of(brief(result))
+    write_output(output)
 
 
 def main():
-    """Runs and reports.  Whatever was not foreseen is a deferral, unless
-    the server's verdict is known; for a spawner status 111, and qmail-send
-    notices."""
-    status, result, output = 0, None, b''
+    """The whole process; does not return.  The exit status is 0, or, if an
+    exception gets as far as here, 111: qmail-rspawn defers the mail then, and
+    qmail-send notices that its qmail-rspawn has failed.  For any other
+    status qmail-rspawn would bounce the mail."""
+    status = 111
     try:
-        try:
-            if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
-                status = 111
-                status = spawn()
-            else:
-                result = run(sys.argv)
-        except LocalFault as fault:
-            result = Result(fault.report)
-        if result is not None:
-            output = output_of(result)
-    except MemoryError:
-        output = output_of(brief(result)) if result else NO_MEMORY + b'\0'
-    except BaseException:
-        output = output_of(brief(result)) if result else NO_RESOURCES + b'\0'
-    if not status:
-        write_output(output)
-    os._exit(status)
+        if sys.argv[0].rpartition('/')[2] == 'qmail-rspawn':
+            spawn()
+        else:
+            send_mail()
+        status = 0
+    finally:
+        os._exit(status)
 
 
 # -------------------------------------------------------------- 18. Manual

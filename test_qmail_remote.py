@@ -8964,6 +8964,11 @@ class Process(unittest.TestCase):
             with self.subTest(error):
                 self.check(self.run_it(command=python(TROUBLE % error)),
                            report.decode())
+        # What even main() cannot report: a deferral, too.
+        done = self.run_it(command=python(TROUBLE.replace(
+            "return 'qmail-remote'", 'raise OSError') % 'OSError'))
+        self.assertEqual((111, b'', b''),
+                         (done.status, done.output, done.stderr))
 
     def test_a_full_pipe_that_does_not_block(self):
         """The reports wait until there is room."""
@@ -9872,9 +9877,9 @@ class SpawnTables(Tables):
                 raise MemoryError
         self.addCleanup(sys.setprofile, sys.getprofile())
         sys.setprofile(fail)
-        self.check([qr.SPAWN_NO_OPEN], qr.deliver_job,
-                   [b'0/0', b's@x', b'x', b'r@x'], 0,
-                   value_of(qr.WorkerConfig))
+        self.check([qr.SPAWN_NO_OPEN],
+                   qr.JobRunner(0, qr.unusable_config(b'Z')).run,
+                   [b'0/0', b's@x', b'x', b'r@x'])
 
     def test_commands_in_any_pieces(self):
         raw = commands((0, b'a@b'), (255, b'', b'', b''), (120, b'c@d@e'))
@@ -10050,9 +10055,9 @@ class SpawnTables(Tables):
     def spawner(self, clock, **control):
         """A Spawner without workers."""
         spawner = qr.Spawner(20, os.getuid(), clock.wait, clock)
-        spawner.config = qr.WorkerConfig(control_files(batch=50, **control),
-                                     None, qr.control_signature(
-                                         spawner.store), None)
+        spawner.config = qr.WorkerConfig(
+            control_files(batch=50, **control), b'', None,
+            qr.control_signature(spawner.store))
         return spawner
 
     def add_to_batch(self, spawner, *deliveries):
@@ -13199,6 +13204,8 @@ TROUBLE = '''
 import sys
 class Arguments(list):
     def __getitem__(self, which):
+        if which == 0:
+            return 'qmail-remote'
         raise %s
 path, sys.argv = sys.argv[1], Arguments()
 with open(path, encoding='utf-8') as f:
