@@ -4513,96 +4513,373 @@ def work(sock, runner):
 
 
 class Worker:
-    """A process as the parent sees it.  group: the Commands that it is at;
-    unsent: of their job; answer: what has come of it; jobs: how many it has
-    had; since: when it became idle."""
-    __slots__ = ('pid', 'sock', 'config', 'group', 'unsent', 'answer',
-                 'jobs', 'since')
+    """A worker as the parent sees it.  pid: its process id; sock: the
+    parent's end of the socket pair; config: the WorkerConfig that it was
+    forked with."""
 
     def __init__(self, pid, sock, config):
         self.pid, self.sock, self.config = pid, sock, config
-        self.group, self.unsent, self.answer = [], b'', bytearray()
-        self.jobs, self.since = 0, 0
+        self.batch = []         # the Commands of its job; [] if it is idle
+        self.unsent = b''       # what is left of the job to send
+        self.answer = bytearray()   # what has come of the answer
+        self.jobs = 0           # that it has had
+        self.idle_since = 0     # on the clock of the WorkerPool
 
+    def start_job(self, batch):
+        """Gives a batch to a worker that is idle."""
+        first = batch[0]
+        self.batch, self.jobs = batch, self.jobs + 1
+        self.unsent = frame([first.messid, first.sender, first.host()] +
+                            [command.recipient for command in batch])
+        self.send_job()
 
-class Spawner:
-    """The parent.  limit: how many deliveries at once; owner: of messages,
-    a user id.  It never waits but in turn(), and holds no more than
-    SPAWN_BACKLOG and a report for each delivery."""
-
-    def __init__(self, limit, owner, wait=wait, clock=time.monotonic):
-        self.limit, self.owner = limit, owner
-        self.wait, self.clock = wait, clock
-        self.reader, self.ended = CommandReader(), False
-        self.output, self.output_closed = bytearray((limit,)), False
-        self.busy = set()       # delivery numbers
-        self.open_batches = {}     # key: (when it is due, Commands)
-        self.ready_batches = []     # groups of Commands for any worker
-        self.fork_at = 0        # no new worker before
-        self.workers = {}       # descriptor: Worker
-        self.idle = []          # Workers, the one that came last at the end
-        self.unreaped = []          # process ids that nobody has waited for
-        self.config, self.store = unusable_config(NO_RESOURCES), trust_store()
-
-    def run(self):
-        """Until qmail-send has said its last, and every delivery is
-        reported."""
-        self.reload_config()
-        while not self.ended or self.busy or self.output:
-            self.turn()
-
-    def turn(self):
-        """Waits for whatever comes first, and sees to it."""
-        reading, writing = list(self.workers), []
-        if not self.ended and len(self.output) < SPAWN_BACKLOG:
-            reading.append(0)
-        if self.output:
-            writing.append(1)
-        writing += [fd for fd, worker in self.workers.items()
-                    if worker.unsent]
+    def send_job(self):
+        """Sends as much of the job as the socket takes at once."""
         try:
-            ready = self.wait(reading, writing, self.deadline())
-        except TimedOut:
-            ready = (), ()
-        except LocalFault:      # sh has been killed: no more commands
-            set_launcher(None)
-            self.ended, ready = True, ((), ())
-        for fd in ready[1]:
-            if fd in self.workers:
-                self.push_job(self.workers[fd])
-        for fd in ready[0]:
-            if fd in self.workers:
-                self.heard(self.workers[fd])
-        if 0 in ready[0]:
-            self.read_commands()
-        self.look_at_the_clock()
-        self.push_output()
+            while self.unsent:
+                self.unsent = self.unsent[self.sock.send(self.unsent):]
+        except BlockingIOError:
+            pass
+        except OSError:         # it is dead: receive() finds the same
+            self.unsent = b''
 
-    def deadline(self):
-        """When there is something to do though nothing happens."""
-        times = [due for due, _ in self.open_batches.values()]
-        if self.ready_batches:
-            times.append(self.fork_at)
-        if self.idle:
-            times.append(self.idle[0].since + WORKER_IDLE)
-        if self.unreaped:
-            times.append(self.clock() + 1)
-        return min(times, default=float('inf'))
+    def receive(self):
+        """Reads what there is of the answer.  Returns its texts, one for
+        each Command of the batch; [] as long as it is not complete.  Raises
+        WorkerFailed."""
+        try:
+            data = self.sock.recv(INPUT_BLOCK)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b''
+        if not data or not self.batch:
+            raise WorkerFailed('dead, or an answer without a job')
+        self.answer += data
+        texts = unframe(self.answer, SPAWN_ANSWER_MAX)
+        if texts and not is_valid_answer(texts, self.batch):
+            raise WorkerFailed('answer')
+        return texts
 
-    def look_at_the_clock(self):
+    def end_job(self, now):
+        """Makes the worker idle.  now: the time on the clock."""
+        self.batch, self.answer, self.idle_since = [], bytearray(), now
+
+    def is_used_up(self, config):
+        """Whether it must get no more jobs.  config: the WorkerConfig of new
+        workers."""
+        return self.jobs >= WORKER_GROUPS or self.config is not config
+
+
+class WorkerPool:
+    """All workers.  owner: the user id that messages must belong to."""
+
+    def __init__(self, owner, clock):
+        self.owner, self.clock = owner, clock
+        self.store = trust_store()
+        self.config = unusable_config(NO_RESOURCES)     # of new workers
+        self.workers = {}       # {descriptor of its socket: Worker}
+        self.idle = []          # Workers; the last one was the last to work
+        self.unreaped = []      # process ids of workers that are to end
+        self.next_fork = 0      # no fork before this time
+
+    def reload_config(self):
+        """Reads the WorkerConfig again if a file that it was read from has
+        changed.  Idle workers with the old one end at once, others after
+        their job."""
+        if self.config.signature == control_signature(self.store):
+            return
+        try:
+            self.config = read_worker_config(self.store)
+        except Exception:       # no memory, no descriptor: a deferral
+            self.config = unusable_config(NO_RESOURCES)
+        while self.idle:
+            self.close_worker(self.idle.pop())
+        import gc
+        gc.collect()
+        getattr(gc, 'freeze', int)()    # workers share more of the memory
+
+    def descriptors(self):
+        """The descriptors of all workers, to wait for answers, and of those
+        that have not got all of their job, to send the rest."""
+        return list(self.workers), [fd for fd, worker in self.workers.items()
+                                    if worker.unsent]
+
+    def exchange(self, readable, writable):
+        """Sends jobs and reads answers.  readable, writable: descriptors
+        that are ready.  Returns [(Command, text)] of the answers; for the
+        text see verdicts()."""
+        answers = []
+        for fd in writable:
+            if fd in self.workers:
+                self.workers[fd].send_job()
+        for fd in readable:
+            if fd in self.workers:
+                answers += self.read_answer(self.workers[fd])
+        return answers
+
+    def read_answer(self, worker):
+        """Reads what has come from a worker; if it has failed, kills it.
+        Returns as exchange()."""
+        batch = worker.batch
+        try:
+            texts = worker.receive()
+        except WorkerFailed:
+            self.kill_worker(worker)
+            return [(command, SPAWN_CRASHED) for command in batch]
+        if texts:
+            worker.end_job(self.clock())
+            if worker.is_used_up(self.config):
+                self.close_worker(worker)
+            else:
+                self.idle.append(worker)
+        return list(zip(batch, texts))
+
+    def can_start_job(self):
+        """Whether start_job() may be called at this moment.  A fork waits a
+        little, because a worker that becomes idle is cheaper."""
+        return bool(self.idle) or self.next_fork <= self.clock()
+
+    def start_job(self, batch):
+        """Gives a batch to an idle worker, or to a new one.  Raises
+        LocalFault if there is none."""
+        try:
+            worker = self.idle.pop() if self.idle else self.fork_worker()
+        except LocalFault:
+            self.next_fork = self.clock() + (
+                SPAWN_RETRY if self.has_jobs() else SPAWN_PACE)
+            raise
+        self.next_fork = self.clock() + SPAWN_PACE
+        worker.start_job(batch)
+
+    def has_jobs(self):
+        """Whether a worker has a job."""
+        return any(worker.batch for worker in self.workers.values())
+
+    def fork_worker(self):
+        """Returns a new Worker.  Raises LocalFault."""
+        try:
+            near, far = socket.socketpair()
+        except OSError:
+            raise LocalFault(SPAWN_NO_PIPE)
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:
+            near.close()
+            far.close()
+            raise LocalFault(SPAWN_NO_FORK)
+        if not pid:
+            self.be_worker(near, far, parent)
+        far.close()
+        near.setblocking(False)
+        worker = Worker(pid, near, self.config)
+        self.workers[near.fileno()] = worker
+        return worker
+
+    def be_worker(self, near, far, parent):
+        """What the new process does; does not return.  It closes whatever
+        belongs to the parent or to another worker, and ends if the parent
+        (a process id) is killed."""
+        status = 1
+        try:
+            set_launcher(parent)
+            near.close()
+            for worker in self.workers.values():
+                worker.sock.close()
+            null = os.open(b'/dev/null', os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.close(null)
+            work(far, JobRunner(self.owner, self.config))
+            status = 0
+        finally:
+            os._exit(status)
+
+    def kill_worker(self, worker):
+        """Ends a worker that has failed.  Its process id cannot be that of
+        another process: it has not been reaped."""
+        import _signal
+        try:
+            os.kill(worker.pid, _signal.SIGKILL)
+        except OSError:
+            pass
+        if worker in self.idle:
+            self.idle.remove(worker)
+        self.close_worker(worker)
+
+    def close_worker(self, worker):
+        """Closes the socket to a worker; then the worker ends."""
+        del self.workers[worker.sock.fileno()]
+        worker.sock.close()
+        self.unreaped.append(worker.pid)
+
+    def close_idle(self):
+        """Ends workers that have been idle for WORKER_IDLE, and reaps those
+        that have ended."""
         now = self.clock()
-        for key, (due, _) in list(self.open_batches.items()):
-            if due <= now or self.ended:
-                self.ready_batches.append(self.open_batches.pop(key)[1])
-        if self.ready_batches:
-            self.dispatch()
-        while self.idle and self.idle[0].since + WORKER_IDLE <= now:
+        while self.idle and self.idle[0].idle_since + WORKER_IDLE <= now:
             self.close_worker(self.idle.pop(0))
         self.unreaped = [pid for pid in self.unreaped if not reaped(pid)]
 
-    # qmail-send
+    def deadline(self, has_work):
+        """When close_idle() is due, or, if there is a batch to start,
+        start_job()."""
+        times = [self.clock() + 1] if self.unreaped else []
+        if has_work:
+            times.append(self.next_fork)
+        if self.idle:
+            times.append(self.idle[0].idle_since + WORKER_IDLE)
+        return min(times, default=float('inf'))
+
+
+def reaped(pid):
+    """Whether this child has ended; then its process id is free."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except OSError:
+        return True
+
+
+class Batches:
+    """Commands that wait for a worker.  Those for one message, sender and
+    host are put into one batch, for one delivery."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.open = {}          # {key: (when it is due, [Command])}
+        self.ready = []         # [[Command]]: they take no more Commands
+
+    def add(self, command, limit):
+        """Adds a Command to its batch.  limit: how many make it full.
+        qmail-send goes through one message after the other, so that batches
+        of other messages need not wait any longer.  Whether the address is
+        ASCII decides what MAIL says, and whether a server without SMTPUTF8
+        will do: it must not depend on other recipients."""
+        for key in list(self.open):
+            if key[0] != command.messid:
+                self.close(key)
+        key = command.messid, command.sender, command.host().lower(), \
+            non_ascii(command.recipient)
+        _, batch = self.open.setdefault(
+            key, (self.clock() + SPAWN_GATHER, []))
+        batch.append(command)
+        if len(batch) >= limit:
+            self.close(key)
+
+    def add_alone(self, command):
+        """Makes a ready batch of one Command."""
+        self.ready.append([command])
+
+    def take(self):
+        """Removes and returns the ready batch that has waited longest."""
+        return self.ready.pop(0)
+
+    def put_back(self, batch):
+        """Undoes take()."""
+        self.ready.insert(0, batch)
+
+    def close(self, key):
+        """Makes an open batch a ready one."""
+        _, batch = self.open.pop(key)
+        self.ready.append(batch)
+
+    def close_due(self, everything):
+        """Closes the batches that are due, or everything."""
+        now = self.clock()
+        for key, (due, _) in list(self.open.items()):
+            if due <= now or everything:
+                self.close(key)
+
+    def deadline(self):
+        """When close_due() is due."""
+        return min((due for due, _ in self.open.values()),
+                   default=float('inf'))
+
+
+class ReportWriter:
+    """What qmail-send is to read from descriptor 1, which does not block.
+    limit: the number of deliveries at once, which is announced first
+    (spawn.c, main())."""
+
+    def __init__(self, limit):
+        self.output = bytearray((limit,))       # that is to be written
+        self.closed = False     # qmail-send reads no more
+
+    def add(self, delnum, text):
+        """Adds the report about a delivery number."""
+        if not self.closed:
+            self.output += bytes((delnum,)) + text + b'\0'
+
+    def is_empty(self):
+        """Whether qmail-send has read everything."""
+        return not self.output
+
+    def is_full(self):
+        """Whether no more commands are to be read before reports have been
+        written: they would bring new reports."""
+        return len(self.output) >= SPAWN_BACKLOG
+
+    def write(self):
+        """Writes as much as qmail-send takes at once."""
+        try:
+            while self.output:
+                self.output = write_some(self.output)
+        except BlockingIOError:
+            pass
+        except OSError:         # qmail-send is gone
+            self.output, self.closed = bytearray(), True
+
+
+class Spawner:
+    """The parent.  limit: how many deliveries there can be at once; owner:
+    the user id that messages must belong to.  It waits in turn() only.  Its
+    memory is bounded by SPAWN_BACKLOG and a report for each delivery."""
+
+    def __init__(self, limit, owner, wait=wait, clock=time.monotonic):
+        self.limit, self.wait = limit, wait
+        self.reader, self.ended = CommandReader(), False
+        self.busy = set()       # delivery numbers in use
+        self.batches, self.pool = Batches(clock), WorkerPool(owner, clock)
+        self.reports = ReportWriter(limit)
+
+    def run(self):
+        """Runs until the input has ended, and every delivery is reported."""
+        self.pool.reload_config()
+        while not self.ended or self.busy or not self.reports.is_empty():
+            self.turn()
+
+    def turn(self):
+        """Waits until there is something to do, and does it."""
+        reading, writing = self.pool.descriptors()
+        if not self.ended and not self.reports.is_full():
+            reading.append(0)
+        if not self.reports.is_empty():
+            writing.append(1)
+        try:
+            readable, writable = self.wait(reading, writing, self.deadline())
+        except TimedOut:
+            readable, writable = (), ()
+        except LocalFault:      # sh has been killed: no more commands
+            set_launcher(None)
+            self.ended, readable, writable = True, (), ()
+        for command, text in self.pool.exchange(readable, writable):
+            self.take_answer(command, text)
+        if 0 in readable:
+            self.read_commands()
+        self.batches.close_due(everything=self.ended)
+        if self.batches.ready:
+            self.dispatch()
+        self.pool.close_idle()
+        self.reports.write()
+
+    def deadline(self):
+        """When there is something to do though nothing is ready."""
+        return min(self.batches.deadline(),
+                   self.pool.deadline(has_work=bool(self.batches.ready)))
 
     def read_commands(self):
+        """Reads commands from descriptor 0, and notices its end."""
         try:
             data = os.read(0, INPUT_BLOCK)
         except BlockingIOError:
@@ -4612,198 +4889,39 @@ class Spawner:
         self.ended = not data
         for command in self.reader.take(data):
             text = refusal(command, self.limit, self.busy)
-            if text is not None:
-                self.tell(command.delnum, text)
-                continue
-            self.busy.add(command.delnum)
-            self.add_to_batch(command)
-
-    def add_to_batch(self, command):
-        """Holds it back for others like it.  qmail-send goes through one
-        message after the other, so the next one ends the wait.  Whether an
-        address is ASCII matters: it decides what MAIL asks for, and whether a
-        server without SMTPUTF8 is left for another one."""
-        for key in list(self.open_batches):
-            if key[0] != command.messid:
-                self.ready_batches.append(self.open_batches.pop(key)[1])
-        key = command.messid, command.sender, command.host().lower(), \
-            non_ascii(command.recipient)
-        due, group = self.open_batches.setdefault(
-            key, (self.clock() + SPAWN_GATHER, []))
-        group.append(command)
-        if len(group) >= self.config.batch_limit():
-            self.ready_batches.append(self.open_batches.pop(key)[1])
-
-    def tell(self, delnum, text):
-        if not self.output_closed:
-            self.output += bytes((delnum,)) + text + b'\0'
-
-    def done(self, command, text):
-        """The end of a delivery."""
-        self.busy.discard(command.delnum)
-        self.tell(command.delnum, text)
-
-    def push_output(self):
-        try:
-            while self.output:
-                self.output = write_some(self.output)
-        except BlockingIOError:
-            pass
-        except OSError:         # qmail-send is gone
-            self.output, self.output_closed = bytearray(), True
-
-    # Workers
-
-    def reload_config(self):
-        """A new WorkerConfig if a file behind it has changed.  Who has the old
-        one gets no more work."""
-        if self.config.signature == control_signature(self.store):
-            return
-        try:
-            self.config = read_worker_config(self.store)
-        except Exception:       # no memory, no descriptor: for now
-            self.config = unusable_config(NO_RESOURCES)
-        while self.idle:
-            self.close_worker(self.idle.pop())
-        import gc
-        gc.collect()
-        getattr(gc, 'freeze', int)()    # workers share the pages for longer
+            if text is None:
+                self.busy.add(command.delnum)
+                self.batches.add(command, self.pool.config.batch_limit())
+            else:
+                self.reports.add(command.delnum, text)
 
     def dispatch(self):
-        """Gives the groups that are due to workers: to idle ones, or, if
-        none has come free for a while, to one new one.  Where that cannot
-        be, they wait for those that are busy."""
-        self.reload_config()
-        while self.ready_batches and (
-                self.idle or self.fork_at <= self.clock()):
-            trouble = None if self.idle else self.start()
-            self.fork_at = self.clock() + SPAWN_PACE
-            if trouble and any(worker.group for worker
-                               in self.workers.values()):
-                self.fork_at = self.clock() + SPAWN_RETRY
-                return
-            group = self.ready_batches.pop(0)
-            if trouble:
-                for command in group:
-                    self.done(command, trouble)
-                continue
-            worker, first = self.idle.pop(), group[0]
-            worker.group, worker.jobs = group, worker.jobs + 1
-            worker.unsent = frame(
-                [first.messid, first.sender, first.host()] +
-                [command.recipient for command in group])
-            self.push_job(worker)
+        """Gives ready batches to workers.  If none can be had, they wait for
+        the workers that have jobs; if there are no such workers, they are
+        deferred."""
+        self.pool.reload_config()
+        while self.batches.ready and self.pool.can_start_job():
+            batch = self.batches.take()
+            try:
+                self.pool.start_job(batch)
+            except LocalFault as fault:
+                if self.pool.has_jobs():
+                    self.batches.put_back(batch)
+                    return
+                for command in batch:
+                    self.finish(command, fault.report)
 
-    def push_job(self, worker):
-        try:
-            while worker.unsent:
-                worker.unsent = \
-                    worker.unsent[worker.sock.send(worker.unsent):]
-        except BlockingIOError:
-            pass
-        except OSError:
-            worker.unsent = b''         # it is dead, and heard() will see
-
-    def start(self):
-        """A new worker, idle; or why there is none."""
-        try:
-            near, far = socket.socketpair()
-        except OSError:
-            return SPAWN_NO_PIPE
-        parent = os.getpid()
-        try:
-            pid = os.fork()
-        except OSError:
-            near.close()
-            far.close()
-            return SPAWN_NO_FORK
-        if not pid:
-            near.close()
-            self.be_worker(far, parent)
-        far.close()
-        near.setblocking(False)
-        worker = Worker(pid, near, self.config)
-        self.workers[near.fileno()] = worker
-        self.idle.append(worker)
-        return None
-
-    def be_worker(self, sock, parent):
-        """In the new process; does not return.  What is the parent's or
-        another worker's is closed."""
-        status = 1
-        try:
-            set_launcher(parent)
-            for worker in self.workers.values():
-                worker.sock.close()
-            null = os.open(b'/dev/null', os.O_RDWR)
-            os.dup2(null, 0)
-            os.dup2(null, 1)
-            os.close(null)
-            work(sock, JobRunner(self.owner, self.config))
-            status = 0
-        finally:
-            os._exit(status)
-
-    def heard(self, worker):
-        """An answer, a part of one, the end, or nonsense."""
-        try:
-            data = worker.sock.recv(INPUT_BLOCK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b''
-        worker.answer += data
-        group = worker.group
-        try:
-            texts = unframe(worker.answer, SPAWN_ANSWER_MAX)
-            if not data or not group or (
-                    texts and not is_valid_answer(texts, group)):
-                raise WorkerFailed('answer')
-        except WorkerFailed:
-            self.kill_worker(worker)
-            return
-        if not texts:
-            return
-        worker.group, worker.answer = [], bytearray()
-        if worker.jobs >= WORKER_GROUPS or \
-                worker.config is not self.config:
-            self.close_worker(worker)
+    def take_answer(self, command, text):
+        """Takes the text of a worker about a Command, see verdicts()."""
+        if text:
+            self.finish(command, text)
         else:
-            worker.since = self.clock()
-            self.idle.append(worker)
-        for command, text in zip(group, texts):
-            if text:
-                self.done(command, text)
-            else:
-                self.ready_batches.append([command])
+            self.batches.add_alone(command)
 
-    def kill_worker(self, worker):
-        """A worker that has died or lost its wits, and its deliveries.  Its
-        process id is still its own: nobody has waited for it."""
-        import _signal
-        try:
-            os.kill(worker.pid, _signal.SIGKILL)
-        except OSError:
-            pass
-        if worker in self.idle:
-            self.idle.remove(worker)
-        self.close_worker(worker)
-        for command in worker.group:
-            self.done(command, SPAWN_CRASHED)
-
-    def close_worker(self, worker):
-        """Lets it go; it ends when its line does."""
-        del self.workers[worker.sock.fileno()]
-        worker.sock.close()
-        self.unreaped.append(worker.pid)
-
-
-def reaped(pid):
-    """Whether this child has gone."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except OSError:
-        return True
+    def finish(self, command, text):
+        """Ends a delivery with its report."""
+        self.busy.discard(command.delnum)
+        self.reports.add(command.delnum, text)
 
 
 # -------------------------------------------------------------------- 17. Main

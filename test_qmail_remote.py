@@ -9501,42 +9501,40 @@ class SpawnTables(Tables):
                 self.assertEqual(good == count, qr.is_valid_answer(
                     texts, [None] * count), texts)
 
-    def spawner(self, clock, **control):
-        """A Spawner without workers."""
-        spawner = qr.Spawner(20, os.getuid(), clock.wait, clock)
-        spawner.config = qr.WorkerConfig(
-            control_files(batch=50, **control), b'', None,
-            qr.control_signature(spawner.store))
-        return spawner
-
-    def add_to_batch(self, spawner, *deliveries):
+    def add(self, batches, *deliveries, limit=50):
         for command in qr.CommandReader().take(commands(*deliveries)):
-            spawner.add_to_batch(command)
+            batches.add(command, limit)
 
     @staticmethod
-    def sizes(spawner):
-        return [len(group) for group in spawner.ready_batches]
+    def sizes(batches):
+        """Of the ready batches, and of the open ones."""
+        return (list(map(len, batches.ready)),
+                [len(batch) for _, batch in batches.open.values()])
 
     def test_gathering(self):
         """Five milliseconds after the first, and not more; at once after
         the fiftieth, and when another message begins."""
         clock = VirtualClock()
-        spawner = self.spawner(clock)
-        self.assertEqual(float('inf'), spawner.deadline())
-        start = clock.now
-        self.add_to_batch(spawner, (0, b'a@h'))
-        self.assertEqual(start + .005, spawner.deadline())
+        batches, start = qr.Batches(clock), clock.now
+        self.assertEqual(float('inf'), batches.deadline())
+        self.add(batches, (0, b'a@h'))
+        self.assertEqual(start + .005, batches.deadline())
         clock.now += .004
-        self.add_to_batch(spawner, (1, b'b@h'))
-        self.assertEqual(start + .005, spawner.deadline())
-        self.assertEqual([], self.sizes(spawner))
-        self.add_to_batch(spawner, (2, b'c@h', b's@x.example', b'0/18'))
-        self.assertEqual([2], self.sizes(spawner))
-        self.add_to_batch(spawner, *[(3, b'%d@h' % i, b's@x.example', b'0/18')
-                               for i in range(60)])
-        self.assertEqual([2, 50], self.sizes(spawner))
-        self.assertEqual([11], [len(group) for _, group in
-                                spawner.open_batches.values()])
+        self.add(batches, (1, b'b@h'))
+        self.assertEqual(start + .005, batches.deadline())
+        batches.close_due(False)
+        self.assertEqual(([], [2]), self.sizes(batches))
+        self.add(batches, (2, b'c@h', b's@x.example', b'0/18'))
+        self.assertEqual(([2], [1]), self.sizes(batches))
+        self.add(batches, *[(3, b'%d@h' % i, b's@x.example', b'0/18')
+                            for i in range(60)])
+        self.assertEqual(([2, 50], [11]), self.sizes(batches))
+        clock.now += .005
+        batches.close_due(False)
+        self.assertEqual(([2, 50, 11], []), self.sizes(batches))
+        self.add(batches, (4, b'a@h'))
+        batches.close_due(everything=True)
+        self.assertEqual(([2, 50, 11, 1], []), self.sizes(batches))
 
     def test_who_goes_together(self):
         for other, together in (
@@ -9545,42 +9543,59 @@ class SpawnTables(Tables):
                 ((1, b'b@h', b'other@x'), False),
                 ((1, b'b@h', b's@x.example', b'0/18'), False),
                 ((1, b'\xc3\xa4@h'), False)):
-            spawner = self.spawner(VirtualClock())
-            self.add_to_batch(spawner, (0, b'a@h'), other)
-            groups = spawner.ready_batches + [group for _, group in
-                                    spawner.open_batches.values()]
-            self.assertEqual(1 if together else 2, len(groups), other)
+            batches = qr.Batches(VirtualClock())
+            self.add(batches, (0, b'a@h'), other)
+            self.assertEqual(1 if together else 2,
+                             len(sum(self.sizes(batches), [])), other)
 
     def test_batch_off(self):
-        spawner = self.spawner(VirtualClock())
-        spawner.config.control.batch = 1
-        self.add_to_batch(spawner, (0, b'a@h'), (1, b'b@h'))
-        self.assertEqual([1, 1], self.sizes(spawner))
+        batches = qr.Batches(VirtualClock())
+        self.add(batches, (0, b'a@h'), (1, b'b@h'), limit=1)
+        self.assertEqual(([1, 1], []), self.sizes(batches))
+
+    def spawner(self, *batch):
+        """A Spawner with a worker that has a batch of these deliveries, the
+        worker, its process, and its end of the socket pair."""
+        clock = VirtualClock()
+        spawner = qr.Spawner(20, os.getuid(), clock.wait, clock)
+        return (spawner,) + self.worker(spawner.pool, *batch)
+
+    def worker(self, pool, *batch):
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        child = subprocess.Popen(['sleep', '60'])
+        for cleanup in far.close, near.close, child.wait, child.kill:
+            self.addCleanup(cleanup)
+        worker = qr.Worker(child.pid, near, pool.config)
+        pool.workers[near.fileno()] = worker
+        worker.batch = qr.CommandReader().take(commands(*batch))
+        if not batch:
+            pool.idle.append(worker)
+        return worker, child, far
 
     def test_idle_workers_end(self):
         """After a minute, the oldest first."""
         clock = VirtualClock()
-        spawner, ends = self.spawner(clock), []
+        pool, ends = qr.WorkerPool(os.getuid(), clock), []
         for since in 0, 30:
-            near, far = socket.socketpair()
-            self.addCleanup(far.close)
-            child = subprocess.Popen(['true'])
-            self.addCleanup(child.wait)
-            worker = qr.Worker(child.pid, near, spawner.config)
-            worker.since = clock.now + since
-            spawner.workers[near.fileno()] = worker
-            spawner.idle.append(worker)
+            worker, _, far = self.worker(pool)
+            worker.idle_since = clock.now + since
             ends.append(far)
-        self.assertEqual(clock.now + 60, spawner.deadline())
+        self.assertEqual(clock.now + 60, pool.deadline(False))
         clock.now += 59.9
-        spawner.look_at_the_clock()
-        self.assertEqual(2, len(spawner.workers))
+        pool.close_idle()
+        self.assertEqual(2, len(pool.workers))
         clock.now += .2
-        spawner.look_at_the_clock()
-        self.assertEqual(1, len(spawner.idle))
+        pool.close_idle()
+        self.assertEqual(1, len(pool.idle))
         self.assertEqual(b'', ends[0].recv(1))
-        spawner.close_worker(spawner.idle.pop())
-        self.assertEqual({}, spawner.workers)
+        pool.close_worker(pool.idle.pop())
+        self.assertEqual({}, pool.workers)
+
+    def answer(self, spawner):
+        """Takes what there is of the answers of all workers."""
+        for answer in spawner.pool.exchange(list(spawner.pool.workers), ()):
+            spawner.take_answer(*answer)
 
     def test_nonsense_from_a_worker(self):
         """It is killed; its own deliveries are deferred, no others'."""
@@ -9588,39 +9603,43 @@ class SpawnTables(Tables):
                      qr.frame([b'K', b'K', b'K']), qr.frame([b'K']),
                      qr.frame([b'K', b'x']), None):
             with self.subTest(said):
-                spawner = self.spawner(VirtualClock())
-                near, far = socket.socketpair()
-                near.setblocking(False)
-                child = subprocess.Popen(['sleep', '60'])
-                worker = qr.Worker(child.pid, near, spawner.config)
-                spawner.workers[near.fileno()] = worker
-                worker.group = qr.CommandReader().take(
-                    commands((4, b'a@h'), (9, b'b@h')))
-                spawner.busy, spawner.output = {4, 9, 11}, bytearray()
+                spawner, _, child, far = self.spawner((4, b'a@h'),
+                                                      (9, b'b@h'))
+                spawner.busy = {4, 9, 11}
                 if said is None:
                     far.close()
                 else:
                     far.sendall(said)
-                spawner.heard(worker)
+                self.answer(spawner)
                 self.assertEqual(-signal.SIGKILL, child.wait(10))
-                self.assertEqual(b'\4' + qr.SPAWN_CRASHED + b'\0\t' +
-                                 qr.SPAWN_CRASHED + b'\0', spawner.output)
+                self.assertEqual(b'\x14\4' + qr.SPAWN_CRASHED + b'\0\t' +
+                                 qr.SPAWN_CRASHED + b'\0',
+                                 spawner.reports.output)
                 self.assertEqual({11}, spawner.busy)
-                self.assertEqual({}, spawner.workers)
-                far.close()
+                self.assertEqual({}, spawner.pool.workers)
 
     def test_a_word_from_an_idle_worker(self):
-        spawner = self.spawner(VirtualClock())
-        near, far = socket.socketpair()
-        child = subprocess.Popen(['sleep', '60'])
-        worker = qr.Worker(child.pid, near, spawner.config)
-        spawner.workers[near.fileno()] = worker
-        spawner.idle.append(worker)
+        spawner, _, child, far = self.spawner()
         far.sendall(b'\0')
-        spawner.heard(worker)
+        self.answer(spawner)
         self.assertEqual(-signal.SIGKILL, child.wait(10))
-        self.assertEqual(([], {}), (spawner.idle, spawner.workers))
-        far.close()
+        self.assertEqual(([], {}), (spawner.pool.idle, spawner.pool.workers))
+
+    def test_answer_in_pieces(self):
+        """Nothing happens before the last byte; then one delivery is over,
+        and the other one goes alone."""
+        spawner, worker, _, far = self.spawner((4, b'a@h'), (9, b'b@h'))
+        spawner.busy = {4, 9}
+        whole = qr.frame([b'Kx', b''])
+        for end in range(len(whole)):
+            self.assertEqual(({4, 9}, 2), (spawner.busy, len(worker.batch)))
+            far.sendall(whole[end:end + 1])
+            self.answer(spawner)
+        self.assertEqual(({9}, b'\x14\4Kx\0', [], [worker]), (
+            spawner.busy, spawner.reports.output, worker.batch,
+            spawner.pool.idle))
+        self.assertEqual([[9]], [[command.delnum for command in batch]
+                                 for batch in spawner.batches.ready])
 
 
 class Office:
