@@ -2493,22 +2493,28 @@ def shown_chain(ssl_object):
 
 
 # ----------------------------------------------------------------- 11. Replies
-# Their grammar, EHLO, what of them may be shown; the encodings of AUTH.  Pure.
+# The grammar of replies, EHLO, what of a reply may be shown, and the encodings
+# of AUTH.  Pure.
 
 class Reply(Record):
-    """code: an int from 200 to 599; text: all lines with their codes, each
-    ended by LF, without CRs."""
+    """A whole reply of a server."""
     __slots__ = ('code', 'text')
+    code: int                   # 200 to 599, of the last line
+    text: bytes                 # all lines with their codes; no CRs, LF ends
 
     def kind(self):
+        """The first digit of the code (RFC 5321 4.2.1)."""
         return self.code // 100
 
 
 class ReplyReader:
-    """Reads one reply (RFC 5321 4.2.1) from pieces of any size, of up to
-    REPLY_SIZE_MAX bytes, and keeps no more than REPLY_KEPT bytes of each
-    line, and twice that in all.  lenient: after the first line it passes
-    over lines without a code."""
+    """Reads one reply (RFC 5321 4.2.1) from pieces of any size.
+
+    line        the line under way, REPLY_KEPT bytes of it at most
+    text        the lines before, twice as many bytes at most
+    code        that of the last whole line; None before the first one
+    size        bytes read, REPLY_SIZE_MAX at most
+    lenient     lines without a code are passed over, but not the first"""
     __slots__ = ('line', 'text', 'code', 'size', 'lenient')
 
     def __init__(self, lenient=False):
@@ -2516,8 +2522,9 @@ class ReplyReader:
         self.size, self.lenient = 0, lenient
 
     def take(self, data):
-        """The number of bytes used if the reply ends in data, else None.
-        Raises ProtocolError as soon as this cannot be a reply."""
+        """Reads data (bytes).  Returns how many bytes of data the reply
+        needed to its end, or None if it does not end in data.  Raises
+        ProtocolError as soon as this cannot be a reply."""
         start = 0
         while True:
             end = data.find(b'\n', start)
@@ -2526,51 +2533,66 @@ class ReplyReader:
             if self.size > REPLY_SIZE_MAX:
                 raise ProtocolError(b'a reply without end')
             self.line += piece[:max(0, REPLY_KEPT - len(self.line))]
-            has_code = self._check(end >= 0)
+            has_code = self._has_code(end >= 0)
             if end < 0:
                 return None
             start = end + 1
-            if self._line_ended(has_code):
+            if self._end_line(has_code):
                 return start
 
     def reply(self):
+        """The Reply, once take() has found its end."""
         return Reply(self.code, bytes(self.text))
 
-    def _check(self, ended):
-        """Whether the line has a code, or may have one when it has ended.
-        Raises ProtocolError if it must, and for a code of another class."""
+    def _has_code(self, ended):
+        """Whether the line begins with a code; before it has ended: whether
+        it still may.  Raises ProtocolError if it must, and does not, or if
+        its code is of another class than those before."""
         line = self.line.rstrip(b'\r') if ended else self.line
-        digits, mark = line[:3], line[3:4]
-        if len(digits) < 3 and not ended:
-            has_code = all(c in b'0123456789' for c in digits) and \
-                digits[:1] in (b'', b'2', b'3', b'4', b'5')
-        else:
-            has_code = len(digits) == 3 and digits.isdigit() and \
-                digits[0] in b'2345' and \
-                mark in ((b'', b' ', b'-', b'\t') if ended
-                         else (b'', b' ', b'-', b'\t', b'\r'))
+        has_code = is_whole_code(line) if ended else may_be_code(line)
         may_lack_code = self.lenient and self.code is not None
-        other_class = has_code and digits and self.code is not None and \
-            digits[0] - 48 != self.code // 100
-        if not has_code and not may_lack_code or \
-                other_class and (ended or not may_lack_code):
+        if may_lack_code and not (ended and has_code):
+            return has_code
+        if not has_code or self._is_other_class(line):
             raise ProtocolError(b'no SMTP reply')
         return has_code
 
-    def _line_ended(self, has_code):
-        last = has_code and self.line[3:4] != b'-'
+    def _is_other_class(self, line):
+        """Whether the first digit, if there is one, differs from the one on
+        the lines before."""
+        return self.code is not None and \
+            line[:1] not in (b'', b'%d' % (self.code // 100))
+
+    def _end_line(self, has_code):
+        """Begins the next line.  Returns whether this one was the last."""
+        is_last = has_code and self.line[3:4] != b'-'
         if has_code:
             self.code = int(self.line[:3])
         if len(self.text) < REPLY_KEPT:
             self.text += self.line.replace(b'\r', b'') + b'\n'
         self.line = bytearray()
-        return last
+        return is_last
+
+
+def may_be_code(line):
+    """Whether an unfinished line begins with a code from 200 to 599, and a
+    blank, hyphen, tab or CR behind it, or may do so when there is more."""
+    digits, mark = line[:3], line[3:4]
+    return (not digits or digits.isdigit()) and \
+        digits[:1] in (b'', b'2', b'3', b'4', b'5') and \
+        mark in (b'', b' ', b'-', b'\t', b'\r')
+
+
+def is_whole_code(line):
+    """Whether a whole line, without the CRs at its end, begins with a code as
+    above, and a blank, hyphen, tab or nothing behind it."""
+    return len(line) >= 3 and line[3:4] != b'\r' and may_be_code(line)
 
 
 def parse_ehlo(text):
-    """{keyword in upper case: parameters} from an EHLO reply (RFC 5321
-    4.1.1.1).  AUTH=LOGIN counts as AUTH LOGIN; several lines with the same
-    keyword add up."""
+    """{keyword: list of parameters}, all in upper case, from the text of an
+    EHLO reply (RFC 5321 4.1.1.1).  AUTH=LOGIN counts as AUTH LOGIN.  The
+    parameters of several lines with one keyword add up."""
     offered = {}
     for line in text.split(b'\n')[1:]:
         words = line[4:].upper().replace(b'AUTH=', b'AUTH ').split()
@@ -2580,8 +2602,11 @@ def parse_ehlo(text):
 
 
 class Redactor:
-    """Keeps a user and a password out of what is shown.  The only code that
-    knows all forms in which a server could send them back."""
+    """Keeps user and password out of all that is shown.  No other code knows
+    the forms in which a server could send them back.
+
+    user        as configured, or empty
+    secrets     the password; base64 of what AUTH sends; digests"""
 
     def __init__(self, credentials=None):
         self.user, self.secrets = b'', []
@@ -2593,68 +2618,99 @@ class Redactor:
                 self.add(base64(value))
 
     def add(self, secret):
-        """One more: a digest, or base64, with and without its =."""
+        """Adds a digest or a base64 text, with and without the = at its
+        end."""
         self.secrets += [secret, secret.rstrip(b'=')]
 
     def hide(self, text, user=True):
-        """text without the secrets, and without the user if user is true,
-        wherever they are."""
+        """text with *** in the place of each secret; if user is true, of the
+        user, too."""
         secrets = [secret for secret in self.secrets +
                    [self.user if user else b''] if secret]
-        hidden = bytearray(len(text))
-        for secret in secrets:
-            at = text.find(secret)
-            while at >= 0:
-                hidden[at:at + len(secret)] = b'\1' * len(secret)
-                at = text.find(secret, at + 1)
+        hidden = mark_places(text, secrets)
         shown = bytearray()
         for at, byte in enumerate(text):
             if not hidden[at]:
                 shown.append(byte)
-            elif not at or not hidden[at - 1]:
+            elif at == 0 or not hidden[at - 1]:
                 shown += b'***'
-        if len(text) >= REPLY_KEPT and secrets:     # one may be cut in half
+        if len(text) >= REPLY_KEPT and secrets:
+            # ReplyReader may have cut a secret at the end.
             del shown[-max(map(len, secrets)):]
         return bytes(shown)
 
     def auth_reply(self, reply):
-        """A reply to a step of AUTH without the lines that share SECRET_PART
-        bytes in a row with a secret, or all of it if it is shorter: servers
-        cut what they echo, and fold it.  Codes stay."""
+        """The Reply to a step of AUTH, *** in the place of each line that
+        shares SECRET_PART bytes in a row with a secret, or all of a shorter
+        secret: servers fold and cut what they echo.  The codes stay."""
         parts = {secret[at:at + SECRET_PART]
                  for secret in self.secrets if secret
                  for at in range(max(1, len(secret) - SECRET_PART + 1))}
         lines = reply.text.split(b'\n')
         for index, line in enumerate(lines):
-            words = line[4:]
-            if not parts.isdisjoint(words[at:at + size]
+            text = line[4:]
+            if not parts.isdisjoint(text[at:at + size]
                                     for size in range(1, SECRET_PART + 1)
-                                    for at in range(len(words))):
+                                    for at in range(len(text))):
                 lines[index] = line[:4] + b'***'
         return Reply(reply.code, b'\n'.join(lines))
 
 
+def mark_places(text, secrets):
+    """A bytearray as long as text; not 0 where a byte belongs to one of the
+    secrets.  They may overlap."""
+    marked = bytearray(len(text))
+    for secret in secrets:
+        at = text.find(secret)
+        while at >= 0:
+            marked[at:at + len(secret)] = b'\1' * len(secret)
+            at = text.find(secret, at + 1)
+    return marked
+
+
 def reply_text(reply, redactor):
-    """What the server said, for a report."""
+    """The lines of a reply for a report, without secrets, REPLY_MAX bytes at
+    most."""
     text = redactor.hide(reply.text)[:REPLY_MAX].rstrip(b'\n')
     return b'Remote host said: ' + text + b'\n'
 
 
 def reply_summary(reply, redactor):
-    """Its first line, for the attempt log."""
+    """The first line of a reply for the attempt log, without secrets and
+    without line end, SUMMARY_MAX bytes at most."""
     text = redactor.hide(reply.text)
     return text.split(b'\n', 1)[0][:SUMMARY_MAX].rstrip()
 
 
+def permanent(reply):
+    """Whether a refusal is permanent.  530 is not: it asks for TLS or for a
+    password first (RFC 4954 section 6), so our configuration is the
+    reason."""
+    return reply.kind() == 5 and reply.code != 530
+
+
+def about_security(reply):
+    """Whether the text of a reply holds an enhanced code X.7.x (RFC 3463
+    3.8), at any place of a line."""
+    for line in reply.text.split(b'\n'):
+        for word in line[4:].split():
+            numbers = word.strip(b'#()[]<>:;,.-').split(b'.')
+            if len(numbers) == 3 and numbers[0] in (b'4', b'5') and \
+                    numbers[1] == b'7' and numbers[2].isdigit():
+                return True
+    return False
+
+
 def base64(data):
-    """RFC 4648 section 4; the base64 module would cost more than a start
-    of Python."""
+    """data in base64 (RFC 4648 section 4), one line.  The base64 module is
+    not used: its import takes too long."""
     import binascii
     return binascii.b2a_base64(data)[:-1]
 
 
 def unbase64(text):
-    """Raises ValueError for anything but canonical base64."""
+    """What base64() makes text of; blanks around it do not count.  Raises
+    ValueError for anything else."""
     import binascii
     text = text.strip()
     data = binascii.a2b_base64(text)
@@ -2664,7 +2720,7 @@ def unbase64(text):
 
 
 def has_md5():
-    """Whether this Python can compute it."""
+    """Whether this Python can compute MD5: some systems forbid it."""
     try:
         hmac_md5(b'', b'')
         return True
@@ -2673,29 +2729,10 @@ def has_md5():
 
 
 def hmac_md5(key, text):
-    """RFC 2104, in hexadecimal.  Raises ValueError if this Python has no
-    MD5."""
+    """HMAC-MD5 (RFC 2104) in hexadecimal.  Raises ImportError or ValueError
+    if this Python has no MD5."""
     import hmac
     return hmac.new(key, text, 'md5').hexdigest().encode()
-
-
-
-def permanent(reply):
-    """Whether a refusal is for good.  530 wants TLS or a password first,
-    which is about our configuration and not about the mail (RFC 4954)."""
-    return reply.kind() == 5 and reply.code != 530
-
-
-def about_security(reply):
-    """Whether the words of a reply hold an enhanced code X.7.x (RFC 3463
-    3.8), wherever a server puts it."""
-    for line in reply.text.split(b'\n'):
-        for word in line[4:].split():
-            numbers = word.strip(b'#()[]<>:;,.-').split(b'.')
-            if len(numbers) == 3 and numbers[0] in (b'4', b'5') and \
-                    numbers[1] == b'7' and numbers[2].isdigit():
-                return True
-    return False
 
 
 # -------------------------------------------------------------- 12. Connection
