@@ -2736,29 +2736,34 @@ def hmac_md5(key, text):
 
 
 # -------------------------------------------------------------- 12. Connection
-# A socket with deadlines.  The only code that waits.
+# A socket with deadlines, and TLS over it.  wait() is the only code that
+# waits.
 
-# The launcher's process id, if sh started us: it is what an administrator
-# kills, and then qmail-rspawn does not believe our report any more.
-LAUNCHER = os.getppid() if 'under_sh' in sys._xoptions else None
+class Launcher:
+    """The process that must stay alive: the sh that started us.  An
+    administrator kills that one, and then qmail-rspawn does not believe our
+    report any more.  pid: its process id; None: there is none."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def is_dead(self):
+        return self.pid is not None and os.getppid() != self.pid
 
 
-def set_launcher(pid):
-    """From now on this is the process that must live (None: none)."""
-    global LAUNCHER
-    LAUNCHER = pid
+LAUNCHER = Launcher(os.getppid() if 'under_sh' in sys._xoptions else None)
 
 
 def wait(reading, writing, deadline, clock=time.monotonic):
-    """Waits until one of the sockets or descriptors is ready: (those to
-    read, those to write).  Raises TimedOut at the deadline, by clock, even
-    if something is ready: a peer that drips must not outlive it; and
-    LocalFault if the launcher has been killed."""
+    """Waits until one of the sockets or descriptors is ready.  Returns two
+    lists: those to read, those to write.  Raises TimedOut at the deadline,
+    by clock, even if one is ready: a peer that drips must not outlive it.
+    Raises LocalFault if the launcher has been killed."""
     while True:
         left = deadline - clock()
         if left <= 0:
             raise TimedOut()
-        if LAUNCHER and os.getppid() != LAUNCHER:
+        if LAUNCHER.is_dead():
             raise LocalFault(KILLED)
         ready = select.select(reading, writing, (), min(left, ORPHAN_CHECK))
         if ready[0] or ready[1]:
@@ -2767,8 +2772,8 @@ def wait(reading, writing, deadline, clock=time.monotonic):
 
 def connect(address, port, seconds, source=None):
     """A connected socket that does not block; source is the address to
-    connect from (None: the kernel's choice).  Raises TimedOut, OSError,
-    and LocalFault if this host has no socket left, or not that source."""
+    connect from (None: the kernel's choice).  Raises TimedOut, OSError, and
+    LocalFault if this host has no socket left, or not that source."""
     deadline = time.monotonic() + seconds
     try:
         sock = socket.socket(family_of(address), socket.SOCK_STREAM)
@@ -2780,14 +2785,15 @@ def connect(address, port, seconds, source=None):
             raise
     except OSError as error:
         if error.errno in LOCAL_ERRORS:
-            raise LocalFault(NO_RESOURCES)
+            raise LocalFault(NO_RESOURCES) from error
         if error.errno == errno.ETIMEDOUT:
-            raise TimedOut()
+            raise TimedOut() from error
         raise
 
 
 def start_connection(sock, address, port, deadline, source):
-    """Connects a fresh socket, see connect()."""
+    """Connects a new socket.  Raises what connect() raises, and OSError for
+    what connect() takes for a fault of this host."""
     sock.setblocking(False)
     if source is not None:
         bind_source(sock, source)
@@ -2796,48 +2802,59 @@ def start_connection(sock, address, port, deadline, source):
     except BlockingIOError:
         wait((), (sock,), deadline)
     raise_error_of(sock)
-    # Commands are whole: Nagle's algorithm would only hold them back.
+    # Each send() is a whole command or a large piece of the message:
+    # Nagle's algorithm would only delay it.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def bind_source(sock, source):
-    """Makes source the socket's own address.  Raises LocalFault, and
-    OSError if this host has no socket left to see whether it is ours."""
+    """Makes source (an address) the socket's own.  Raises LocalFault if this
+    host has no such address, and OSError if it has no socket left to find
+    that out."""
     if not is_local(source) and source not in (b'0.0.0.0', b'::'):
         raise LocalFault(NOT_OURS % (source, b'not an address of this host'))
-    if sys.platform == 'linux':     # a port only when its peer is known:
-        try:                        # else each would serve one peer alone
+    if sys.platform == 'linux':
+        # The kernel chooses the port when it knows the peer.  Chosen before,
+        # it could serve one connection at a time.
+        try:
             sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         except OSError:
             pass
     try:
         sock.bind((source, 0))
-    except OSError:
-        raise LocalFault(NO_RESOURCES)
+    except OSError as error:
+        raise LocalFault(NO_RESOURCES) from error
 
 
 class Connection:
     """A socket with deadlines: sends bytes, reads whole replies.
 
-    After a failure nothing more is sent.  What the server had said before
-    is still there for reply(), which then raises ConnectionLost; so does
-    everything else here if there is nothing left to read."""
+    sock        a connected socket that does not block
+    wait, clock     as wait(), time.monotonic()
+    input       received (decrypted), not yet read as a reply
+    ended       nothing more can be received
+    failure     the diagnostic of what ended it; empty: the peer closed it
+    tls         the TlsLayer, once the handshake is done; None before
+    pending_tls_output  what TLS itself has to send, for the next send()
+
+    After a failure nothing more is sent.  What the server had sent before
+    can still be read with reply().  When nothing is left, each method raises
+    ConnectionLost."""
 
     def __init__(self, sock, wait=wait, clock=time.monotonic):
         self.sock, self.wait, self.clock = sock, wait, clock
-        self.input = bytearray()    # received, not yet read as a reply
-        self.ended = False          # nothing more can be received
-        self.failure = b''          # why, unless the peer has closed it
-        self.tls = None             # a TlsLayer, once it is up
-        self.pending_tls_output = b''
+        self.input, self.ended, self.failure = bytearray(), False, b''
+        self.tls, self.pending_tls_output = None, b''
 
     def start_tls(self, context, name, seconds, verify_peer, session=None):
-        """The handshake, within seconds.  name (bytes, or None) is what to
-        ask for, and to check if the context says so; verify_peer(TlsLayer)
-        has the last word; session is one of this context's to resume, or
-        None.  Raises TlsFailed; ProtocolError if the peer has sent
-        something in the clear before, which would pass for encrypted later
-        (RFC 3207, CVE-2011-0411)."""
+        """The TLS handshake, within seconds.
+
+        name (bytes, or None) is what to ask for (SNI), and to check if the
+        context says so.  verify_peer(TlsLayer) returns if the certificate is
+        good enough, else raises TlsFailed.  session is an SSLSession of this
+        context to resume, or None.  Raises TlsFailed; ProtocolError if the
+        peer has sent something in the clear before: read after the
+        handshake, it would pass for encrypted (RFC 3207, CVE-2011-0411)."""
         closed = self.input_pending()
         if self.input:
             raise ProtocolError(b'spoke in the clear before the TLS '
@@ -2848,27 +2865,27 @@ class Connection:
         try:
             layer = TlsLayer(context, name, session)
         except (OSError, ValueError) as error:
-            raise TlsFailed(tls_reason(error))
+            raise TlsFailed(tls_reason(error)) from error
         self._handshake(layer, self.clock() + seconds)
         verify_peer(layer)
-        # What came with the last bytes of the handshake is encrypted.
-        # Nonsense in it would make OpenSSL forget the certificate, which is
-        # why verify_peer() comes first.
+        # What came with the last bytes of the handshake is decrypted after
+        # verify_peer(): if it is damaged, OpenSSL forgets the certificate.
         try:
             plain, self.ended = layer.decrypt()
         except ConnectionLost as lost:
-            raise TlsFailed(lost.diagnostic)
+            raise TlsFailed(lost.diagnostic) from lost
         self.input += plain
         self.tls = layer
 
     def _handshake(self, layer, deadline):
+        """Raises TlsFailed."""
         answered = done = False
         try:
             while not done:
                 try:
                     done = layer.handshake()
                 except TlsFailed:
-                    self.send_best_effort(layer.output())       # the alert
+                    self.send_best_effort(layer.output())   # a TLS alert
                     raise
                 self._push(layer.output(), deadline)
                 if not done:
@@ -2876,14 +2893,16 @@ class Connection:
                     answered = True
         except ConnectionLost as lost:
             raise TlsFailed(lost.diagnostic, silent=not answered or
-                            self.clock() >= deadline)
+                            self.clock() >= deadline) from lost
 
     def send(self, data, seconds, stop_on_input=False):
-        """Whether all of data is out, within seconds.  If not, a reply (or,
-        with stop_on_input, a part of one) was there first, or came before
-        the connection was lost.  What comes in meanwhile is taken in: a peer
-        that answers at once must not be stuck in its own send.  Raises
-        ConnectionLost if it is lost and there is no input left to read."""
+        """Sends data within seconds.  Returns True if all of it is out;
+        False if the connection was lost, but input came before that, or,
+        with stop_on_input, if there is input.  Raises ConnectionLost if the
+        connection is lost and there is no input to read.
+
+        Input is received meanwhile: else a peer that answers at once could
+        be stuck in a send of its own, and not receive ours."""
         deadline = self.clock() + seconds
         try:
             if self.tls:
@@ -2896,18 +2915,20 @@ class Connection:
             return False
 
     def _encrypt(self, data, deadline):
-        """data as TLS wants it out, after what it still had to say."""
+        """What has to go out for data: first what TLS itself has to send,
+        then data, encrypted."""
         while not self.tls.encrypt(data):       # a renegotiation
-            due = self.pending_tls_output + self.tls.output()
+            output = self.pending_tls_output + self.tls.output()
             self.pending_tls_output = b''
-            self._push(due, deadline)
+            self._push(output, deadline)
             self.input += self.tls.decrypt(self._receive(deadline))[0]
         data = self.pending_tls_output + self.tls.output()
         self.pending_tls_output = b''
         return data
 
     def _receive(self, deadline):
-        """Some bytes from the socket.  Raises ConnectionLost at its end."""
+        """The next bytes from the socket, at least one.  Raises
+        ConnectionLost at its end."""
         while True:
             self._wait(True, False, deadline)
             try:
@@ -2915,13 +2936,14 @@ class Connection:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise ConnectionLost(error_words(error))
+                raise ConnectionLost(error_text(error)) from error
             if not data:
                 raise ConnectionLost(b'connection closed')
             return data
 
     def _push(self, data, deadline, take_input=False, stop_on_input=False):
-        """Sends bytes as they are; see send()."""
+        """Sends bytes as they are; returns and raises as send() does.
+        take_input: receives meanwhile."""
         rest = memoryview(data)
         while rest:
             try:
@@ -2930,34 +2952,35 @@ class Connection:
             except BlockingIOError:
                 pass
             except OSError as error:
-                raise ConnectionLost(error_words(error))
+                raise ConnectionLost(error_text(error)) from error
             if stop_on_input and self.input_pending():
                 return False
-            room = take_input and not self.ended and \
+            has_room = take_input and not self.ended and \
                 len(self.input) < BACKLOG_MAX
-            if room and self._fill() and self.clock() < deadline:
+            if has_room and self._fill() and self.clock() < deadline:
                 continue
-            self._wait(room, True, deadline)
+            self._wait(has_room, True, deadline)
         return True
 
     def input_pending(self):
-        """Whether there is input that nothing has read, or the connection
-        has ended."""
+        """Whether there is input that was not read as a reply, or the
+        connection has ended."""
         for _ in range(IDLE_MAX):
             if self.input or self.ended or not self._fill():
                 break
         return bool(self.input) or self.ended
 
     def require_silence(self):
-        """Raises ProtocolError if there is input before its time, and
-        ConnectionLost if the connection has ended."""
+        """Raises ProtocolError if there is input, which can be no reply yet,
+        and ConnectionLost if the connection has ended."""
         if self.input_pending():
             if self.input:
                 raise ProtocolError(b'spoke out of turn')
             raise ConnectionLost(self.failure or b'connection closed')
 
     def _drain_input(self, diagnostic):
-        """Takes in what a dead connection still has, and no more then."""
+        """Receives what a lost connection still holds.  Nothing is received
+        after that."""
         for _ in range(IDLE_MAX):
             if self.ended or len(self.input) >= BACKLOG_MAX or \
                     not self._fill():
@@ -2965,7 +2988,8 @@ class Connection:
         self.ended, self.failure = True, diagnostic
 
     def send_best_effort(self, data):
-        """Sends what fits at once; a failure changes nothing."""
+        """Sends what can be sent without waiting.  A failure changes
+        nothing."""
         try:
             if not self.failure:
                 if self.tls:
@@ -2978,8 +3002,8 @@ class Connection:
         self.sock.close()
 
     def _fill(self):
-        """Takes in what has come; False if there is nothing for now.  Not
-        to be called again after the end."""
+        """Receives without waiting.  Returns False if there is nothing to
+        receive.  Must not be called once the connection has ended."""
         try:
             data = self.sock.recv(INPUT_BLOCK)
             self.ended = not data
@@ -2993,15 +3017,17 @@ class Connection:
         except BlockingIOError:
             return False
         except OSError as error:
-            self.ended, self.failure = True, error_words(error)
+            self.ended, self.failure = True, error_text(error)
         except ConnectionLost as lost:
             self.ended, self.failure = True, lost.diagnostic
         return True
 
     def reply(self, seconds, lenient=False):
         """The next Reply, whole, within seconds; lenient: see ReplyReader.
-        It waits before each look, so that a peer that never stops cannot
-        keep it from seeing the deadline.  It looks once more after that: if
+        Raises ConnectionLost or ProtocolError.
+
+        It waits before each receive, so that it sees the deadline even if
+        the peer never stops.  It receives once more after the deadline: if
         this process was stopped meanwhile, the reply may be there."""
         deadline, reader = self.clock() + seconds, ReplyReader(lenient)
         timed_out = None
@@ -3013,7 +3039,7 @@ class Connection:
             self.input = bytearray()
             if self.ended:
                 raise ConnectionLost(self.failure or b'connection closed')
-            if timed_out:
+            if timed_out is not None:
                 raise timed_out
             self._push_tls_output()
             try:
@@ -3023,8 +3049,8 @@ class Connection:
             self._fill()
 
     def _push_tls_output(self):
-        """Answers what TLS itself asked (a key update), without waiting;
-        what does not fit leaves with the next send()."""
+        """Sends what TLS itself has to send (the answer to a key update),
+        without waiting.  What is left goes out with the next send()."""
         try:
             if self.pending_tls_output:
                 sent = self.sock.send(self.pending_tls_output)
@@ -3033,61 +3059,72 @@ class Connection:
             pass
 
     def _wait(self, reading, writing, deadline):
+        """Waits until the socket is ready.  Raises ConnectionLost at the
+        deadline."""
         try:
             self.wait((self.sock,) if reading else (),
                       (self.sock,) if writing else (), deadline)
-        except TimedOut:
-            raise ConnectionLost(b'timed out')
+        except TimedOut as error:
+            raise ConnectionLost(b'timed out') from error
 
 
-def error_words(error):
-    """An OSError in a few words, for the trail."""
+def error_text(error):
+    """An OSError in a few words (bytes), for the attempt log."""
     return os.strerror(error.errno or errno.EIO).lower().encode()
 
 
 class TlsLayer:
-    """TLS between a Line and its socket: bytes in, bytes out, through
-    memory.  It never waits, and does not touch the socket."""
+    """TLS between a Connection and its socket: bytes in, bytes out, all in
+    memory.  It never waits, and does not touch the socket.
+
+    incoming    an ssl.MemoryBIO: what the server has sent
+    outgoing    an ssl.MemoryBIO: what has to go to the server
+    needs_input     the exception that means: more has to come in first
+    ssl_object  the ssl.SSLObject between the two"""
 
     def __init__(self, context, name, session=None):
+        """Raises OSError or ValueError, for a name that ssl refuses."""
         import ssl
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.want, self.context = ssl.SSLWantReadError, context
-        # A str is put through IDNA, which costs as much as all of socket;
-        # but Python 3.6 checks certificates for a str only.
-        checked = context.verify_mode != ssl.CERT_NONE
+        self.needs_input = ssl.SSLWantReadError
+        # Python 3.6 checks certificates only for a name that is str.  As
+        # bytes it needs no IDNA codec, which takes long to import.
+        if name and context.verify_mode != ssl.CERT_NONE:
+            name = name.decode('ascii')
         self.ssl_object = context.wrap_bio(
-            self.incoming, self.outgoing,
-            server_hostname=name.decode('ascii') if name and checked
-            else name, session=session)
+            self.incoming, self.outgoing, server_hostname=name,
+            session=session)
 
     def handshake(self):
-        """True when it is done, False if more has to come in.  Raises
-        TlsFailed."""
+        """Goes on with the handshake.  Returns True when it is done, False
+        if more has to come in first.  Raises TlsFailed."""
         try:
             self.ssl_object.do_handshake()
             return True
-        except self.want:
+        except self.needs_input:
             return False
         except (OSError, ValueError) as error:  # SSLError, CertificateError
-            raise TlsFailed(tls_reason(error),
-                            certificate=is_verification_error(error))
+            raise TlsFailed(
+                tls_reason(error),
+                certificate=is_verification_error(error)) from error
 
     def encrypt(self, data):
-        """True, or False if more has to come in first (renegotiation)."""
+        """Returns True when output() has data, False if more has to come in
+        first (a renegotiation).  Raises ConnectionLost."""
         try:
             if self.ssl_object.write(data) != len(data):
                 raise ConnectionLost(b'TLS took only a part')
             return True
-        except self.want:
+        except self.needs_input:
             return False
         except OSError as error:
-            raise ConnectionLost(tls_reason(error))
+            raise ConnectionLost(tls_reason(error)) from error
 
     def decrypt(self, data=None):
-        """(plain text, whether it is the last), of data if there are new
-        ones.  Empty data mean that the line has ended; that nobody said so
-        in TLS is no matter, for SMTP has ends of its own."""
+        """(plain text, whether it is the last) after data came in; None:
+        nothing new.  Empty data mean that the connection has ended.  A
+        missing close_notify is harmless: SMTP frames its own replies.
+        Raises ConnectionLost."""
         ended, plain = data == b'', b''
         if data:
             self.incoming.write(data)
@@ -3099,41 +3136,39 @@ class TlsLayer:
                 if not block:
                     return plain, True
                 plain += block
-        except self.want:
+        except self.needs_input:
             return plain, ended
         except OSError as error:
             if plain or ended:
                 return plain, True
-            raise ConnectionLost(tls_reason(error))
+            raise ConnectionLost(tls_reason(error)) from error
 
     def output(self):
-        """What has to go out."""
+        """What has to go to the server (bytes)."""
         return self.outgoing.read()
 
     def facts(self):
-        """Protocol and cipher, for the report."""
+        """Protocol and cipher, for the report (bytes)."""
         return '{}, {}'.format(self.ssl_object.version(),
                                self.ssl_object.cipher()[0]).encode()
 
 
 def is_verification_error(error):
-    """Whether it is the server's certificate that is not good enough."""
+    """Whether an error of the ssl module means that the server's certificate
+    is not good enough."""
     import ssl
     return isinstance(error, ssl.CertificateError) or \
         getattr(error, 'reason', None) == 'CERTIFICATE_VERIFY_FAILED'
 
 
 def tls_reason(error):
-    """An error of the ssl module in a few words."""
-    words = getattr(error, 'verify_message', None) or \
+    """An error of the ssl module in a few words (bytes), for the report: one
+    line of printable ASCII."""
+    text = getattr(error, 'verify_message', None) or \
         (getattr(error, 'reason', None) or '').replace('_', ' ').lower() or \
         str(error) or 'TLS error'
-    return printable_words(str(words).encode('ascii', 'replace'))
-
-
-def printable_words(text):
-    """On one line, without control bytes."""
-    return bytes(c if 32 <= c <= 126 else 63 for c in text).rstrip(b'.')
+    return bytes(c if 32 <= c <= 126 else 63
+                 for c in str(text).encode('ascii', 'replace')).rstrip(b'.')
 
 
 # ----------------------------------------------------------------- 13. Message
@@ -4158,7 +4193,7 @@ class ServerTry:
             return self.unreached(b'connection timed out', before)
         except OSError as error:
             context.tcpto.answered(server.address)
-            return self.unreached(error_words(error), before)
+            return self.unreached(error_text(error), before)
         context.tcpto.answered(server.address)
         connection = context.connection(sock)
         tls = TlsSetup(policy, lambda policy: context.tls_context(
@@ -4720,7 +4755,7 @@ class WorkerPool:
         (a process id) is killed."""
         status = 1
         try:
-            set_launcher(parent)
+            LAUNCHER.pid = parent
             near.close()
             for worker in self.workers.values():
                 worker.sock.close()
@@ -4898,7 +4933,7 @@ class Spawner:
         except TimedOut:
             readable, writable = (), ()
         except LocalFault:      # sh has been killed: no more commands
-            set_launcher(None)
+            LAUNCHER.pid = None
             self.ended, readable, writable = True, (), ()
         for command, text in self.pool.exchange(readable, writable):
             self.take_answer(command, text)

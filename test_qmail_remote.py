@@ -4255,9 +4255,9 @@ class LineTables(Tables):
                        server.port, 5)
 
     def test_reason(self):
-        self.check(b'connection refused', qr.error_words,
+        self.check(b'connection refused', qr.error_text,
                    OSError(errno.ECONNREFUSED, ''))
-        self.check(b'input/output error', qr.error_words, OSError('no number'))
+        self.check(b'input/output error', qr.error_text, OSError('no number'))
 
     def test_wait_at_the_deadline(self):
         """To the very moment, even if something is ready."""
