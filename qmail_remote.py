@@ -124,102 +124,109 @@ class Record:
 
 
 # ------------------------------------------------------------------- 3. Limits
-# Every number, and where it comes from.  Times are in seconds.
+# Each number with its unit and its source.  Times are in seconds, sizes in
+# bytes.  A number without a source is our own choice; the reason follows it.
 
 PORT_SMTP = 25                  # RFC 5321 4.5.4.2
 PORT_SMTPS = 465                # RFC 8314 3.3: TLS from the first byte
-PORTS_MX = (25, 26)             # elsewhere no password without verified TLS
-TIMEOUT_CONNECT = 60            # qmail-remote.8, timeoutconnect
-TIMEOUT_REMOTE = 1200           # qmail-remote.8, timeoutremote
-TIMEOUT_MAX = 86400             # a day; qmail-send looks more often
-CONTROL_MAX = 1 << 20           # bytes of a control file
-BYTE_ORDER_MARK = b'\xef\xbb\xbf'         # what some editors put before UTF-8
-REPLY_MAX = 5000                # bytes of a reply shown; HUGESMTPTEXT
-REPLY_KEPT = 16384              # bytes of a reply kept, before masking
-REPLY_SIZE_MAX = 1 << 20        # bytes of a reply read
-SUMMARY_MAX = 200                 # bytes of a reply shown in the trail
-INPUT_BLOCK = 65536             # bytes asked of the socket at once
-IDLE_MAX = 256                  # blocks taken in ahead of their time
-MESSAGE_BLOCK = 262144          # bytes of the message read at once
-COUNTED_MAX = 4 << 20          # bytes whose lines are counted for SIZE
-SEND_PIECE = 65536              # bytes with a deadline of their own
-PEEK_MAX = 32768                # bytes of a pipe read ahead, for SIZE
-BACKLOG_MAX = 16 << 20          # bytes of replies held while we still send
-SERVERS_MAX = 20                # addresses tried in one run
-EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
-ADDRESSES_MAX = 80              # addresses of one exchanger and family
-SECRET_PART = 4                 # bytes of a secret that tell too much
-AUTH_LINE_MAX = 12288           # RFC 4954 section 4, without CRLF
-AUTH_COMMAND_MAX = 510          # the same of AUTH itself (RFC 5321 4.5.3.1.4)
-ORPHAN_CHECK = 5                # how soon a killed launcher is noticed
-IP_BIND_ADDRESS_NO_PORT = 24    # linux/in.h; not in every Python
-TRACE_TIMEOUT = 5              # a terminal that takes nothing is given up
-PROGRESS_AFTER, PROGRESS_EVERY = 1, 0.2     # when a message counts as long
-
+PORTS_MX = (25, 26)             # a password may go there without checked TLS
 DISCARD_PORT = 9                # RFC 863; no datagram is sent to it
 
-DNS_PORT = 53
-DNS_TIMEOUT, DNS_ATTEMPTS = 5, 2            # resolv.conf(5)
-DNS_TIMEOUT_MAX, DNS_ATTEMPTS_MAX = 30, 5   # resolv.conf(5)
-DNS_PATIENCE = 2                            # before the best alone will do
-DNS_SERVERS_MAX = 3                         # MAXNS, resolv.h
-DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'   # their AD is believed
-DNS_UDP_SIZE = 1232                         # EDNS0 without fragmentation
-DNS_LINKS_MAX = 10                          # CNAMEs from one name
-DNS_ALIASES_MAX = 64                        # CNAMEs in one answer
-DNS_NAME_MAX = 255                          # RFC 1035 2.3.4
-DNS_TOGETHER = 3 * EXCHANGERS_MAX           # questions in flight
-DNS_BYTES_MAX = DNS_TOGETHER * 1365         # answers of one delivery, 512 KiB
+TIMEOUT_CONNECT = 60            # default (qmail-remote.8, timeoutconnect)
+TIMEOUT_REMOTE = 1200           # default (qmail-remote.8, timeoutremote)
+TIMEOUT_MAX = 86400             # of both: a day
+CONTROL_MAX = 1 << 20           # of a control file
+BYTE_ORDER_MARK = b'\xef\xbb\xbf'   # RFC 3629 6: some editors begin so
 
-TLS_KEPT = 64                   # contexts, and tickets, of one process
+REPLY_SIZE_MAX = 1 << 20        # of a reply that is read
+REPLY_KEPT = 16384              # of a reply that is kept, before masking
+REPLY_MAX = 5000                # of a reply in a report (qmail-remote.c,
+                                # HUGESMTPTEXT)
+SUMMARY_MAX = 200               # of a reply in the attempt log: one line
+INPUT_BLOCK = 65536             # of one receive: the largest pipe or window
+IDLE_MAX = 256                  # receives, where a peer may never stop
+BACKLOG_MAX = 16 << 20          # of replies kept while we still send: those to
+                                # a few thousand recipients
+
+MESSAGE_BLOCK = 262144          # of one read of the message
+SEND_PIECE = 65536              # of the message or of commands: each piece
+                                # has timeoutremote to leave
+PEEK_MAX = 32768                # of a pipe that is read ahead, for SIZE
+COUNTED_MAX = 4 << 20           # of a file whose lines are counted, for SIZE
+
+SERVERS_MAX = 20                # addresses that one delivery tries
+EXCHANGERS_MAX = 128            # exchangers whose addresses are looked up
+ADDRESSES_MAX = 80              # addresses of one exchanger and family
+
+SECRET_PART = 4                 # of a secret: so many in a row show too much
+AUTH_LINE_MAX = 12288           # of an answer, no CR LF (RFC 4954 section 4)
+AUTH_COMMAND_MAX = 510          # of the command, no CR LF (RFC 5321
+                                # 4.5.3.1.4, RFC 4954 section 4)
+
+ORPHAN_CHECK = 5                # between two looks at the launcher
+IP_BIND_ADDRESS_NO_PORT = 24    # linux/in.h; not in every Python
+TRACE_TIMEOUT = 5               # until a terminal that takes nothing is left
+PROGRESS_AFTER = 1              # until a message has a line of progress
+PROGRESS_EVERY = 0.2            # until that line is written again
+
+DNS_PORT = 53                   # RFC 1035 4.2
+DNS_TIMEOUT, DNS_TIMEOUT_MAX = 5, 30        # resolv.conf(5), timeout
+DNS_ATTEMPTS, DNS_ATTEMPTS_MAX = 2, 5       # rounds; resolv.conf(5), attempts
+DNS_SERVERS_MAX = 3             # name servers (resolv.conf(5), MAXNS)
+DNS_PATIENCE = 2                # until the best exchangers alone are enough
+# Name servers on this host: their answers cross no network, on which another
+# could set the AD bit.
+DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'
+DNS_UDP_SIZE = 1232             # of a datagram that no network has to cut
+                                # (dnsflagday.net/2020)
+DNS_NAME_MAX = 255              # of a name in wire form (RFC 1035 2.3.4)
+DNS_LINKS_MAX = 10              # CNAMEs followed from one name
+DNS_ALIASES_MAX = 64            # CNAMEs in one answer
+DNS_TOGETHER = 3 * EXCHANGERS_MAX       # questions at once: A, AAAA, TLSA
+DNS_BYTES_MAX = DNS_TOGETHER * 1365     # answers to one delivery: 512 KiB
+
+TLS_KEPT = 64                   # entries of each table of a TlsCache
 TLS_HANDSHAKE = 60              # or timeoutremote, if that is less
 
-TCPTO_RECORDS, TCPTO_SIZE = 64, 16          # tcpto.c
-TCPTO_COUNT_MAX = 10
-TCPTO_SKIP_COUNT = 2
-TCPTO_FRESH = 120
-TCPTO_WAIT, TCPTO_STEP = 1, 0.01        # for its lock, and how often to try
+# queue/lock/tcpto (tcpto.c)
+TCPTO_RECORDS, TCPTO_SIZE = 64, 16      # records; bytes of one
+TCPTO_COUNT_MAX = 10            # timeouts that are counted
+TCPTO_SKIP_COUNT = 2            # timeouts, from which on a server is skipped
+TCPTO_FRESH = 120               # so long a timeout counts no other
+TCPTO_WAIT, TCPTO_STEP = 1, 0.01        # for the lock; between two tries
 
-SPAWN_LIMIT, SPAWN_LIMIT_MAX = 120, 255     # conf-spawn
-SPAWN_FIELD_MAX = 1 << 20       # bytes of a sender or recipient
-SPAWN_MESSID_MAX = 99           # bytes; spawn.c
+SPAWN_LIMIT, SPAWN_LIMIT_MAX = 120, 255     # deliveries at once (conf-spawn);
+                                # a delivery number is one byte (spawn.c)
+SPAWN_FIELD_MAX = 1 << 20       # of a sender or recipient
+SPAWN_MESSID_MAX = 99           # of a message's number (spawn.c)
 SPAWN_BATCH = 50                # recipients of one delivery
-SPAWN_GATHER = 0.005            # how long they are waited for
-SPAWN_BACKLOG = 1 << 20         # bytes of reports that nobody reads yet
-SPAWN_PACE = 0.002              # a fork waits so long for a free worker
-SPAWN_RETRY = 1                 # the same after a fork that failed
-SPAWN_JOB_MAX = 1 << 32         # bytes of a worker's job: any number
-SPAWN_ANSWER_MAX = 16 << 20     # bytes of a worker's answer
-WORKER_GROUPS, WORKER_IDLE = 200, 60        # until a worker is replaced
+SPAWN_GATHER = 0.005            # until a batch leaves that may still grow
+SPAWN_BACKLOG = 1 << 20         # of reports that qmail-send has not read
+SPAWN_PACE = 0.002              # between two forks: a worker may come free
+SPAWN_RETRY = 1                 # after a fork that failed, with workers left
+SPAWN_JOB_MAX = 1 << 32         # of a worker's job: any number
+SPAWN_ANSWER_MAX = 16 << 20     # of a worker's answer
+WORKER_GROUPS = 200             # deliveries until a worker is replaced
+WORKER_IDLE = 60                # without a delivery until a worker ends
 
 # Errors of this host, not of a peer: no server is to blame for them.
 LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 # ------------------------------------------------------------------ 4. Results
-# What a run can end with, and the only code that writes to fd 1, and to fd 2
-# if that is a terminal.
+# What a delivery can end with, and the only code that writes to fd 1, and to
+# fd 2 if that is a terminal.  The texts stand in the order of the manual's
+# REPORTS.
 
+# Permanent (D; h for one recipient).
 USAGE = b'DI (qmail-remote) was invoked improperly. (#5.3.5)\n'
-NO_HOME = b'ZUnable to switch to home directory. (#4.3.0)\n'
-NO_CONTROL = b'ZUnable to read control files. (#4.3.0)\n'
-NOT_OURS = b"ZI cannot send from %s, which is in control/outgoingip: " \
-    b"%s. (#4.3.0)\n"
-NO_MEMORY = b'ZOut of memory. (#4.3.0)\n'
-NO_RESOURCES = b'ZSystem resources temporarily unavailable. (#4.3.0)\n'
-KILLED = b'ZI was told to stop. (#4.3.0)\n'
-DNS_SOFT = b"ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
 DNS_HARD = b"DSorry, I couldn't find any host named %s. (#5.1.2)\n"
-RELAY_HARD = b"ZSorry, I couldn't find the relay %s. (#4.4.4)\n"
 NO_ADDRESS = b"DSorry, I couldn't find a mail exchanger or IP address. " \
     b"(#5.4.4)\n"
 NULL_MX = b'DSorry, %s does not accept mail. (#5.1.10)\n'
 OWN_ADDRESS = b"DSorry. Although I'm listed as a best-preference MX or A " \
     b"for that host,\nit isn't in my control/locals file, so I don't treat " \
     b"it as local. (#5.4.6)\n"
-NO_CONNECTION = b"ZSorry, I wasn't able to establish an SMTP connection. " \
-    b"(#4.4.1)\n"
-NO_MESSAGE = b'ZUnable to read message. (#4.3.0)\n'
 PARTIAL_LINE = b'DSMTP cannot transfer messages with partial final lines. ' \
     b'(#5.6.2)\n'
 BAD_SENDER = b'DSorry, that sender address cannot be sent over SMTP. ' \
@@ -229,27 +236,47 @@ NO_RECIPIENT = b'DGiving up: no address is left to send to. (#5.1.3)\n'
 SENDER_8BIT = b'D%s does not take non-ASCII addresses, such as the ' \
     b"sender's. (#5.6.7)\n"
 RECIPIENTS_8BIT = b'D%s does not take non-ASCII addresses. (#5.6.7)\n'
+
+# Temporary (s): the message goes to other recipients.
 RECIPIENT_8BIT = b's%s does not take non-ASCII addresses. (#4.6.7)\n'
 
-# The refusals and losses of a session; %s is the server's IP address.
-GREETING_FAILED = b'ZConnected to %s but greeting failed.\n'
-NAME_REJECTED = b'ZConnected to %s but my name was rejected.\n'
+# Permanent as they stand; soften() makes them temporary.  %s is the server's
+# address, here and below, if nothing else is said.
 SENDER_REJECTED = b'DConnected to %s but sender was rejected.\n'
 RECIPIENT_REJECTED = b'h%s does not like recipient.\n'
 GIVING_UP = b'DGiving up on %s.\n'
 DATA_FAILED = b'D%s failed on DATA command.\n'
 MESSAGE_FAILED = b'D%s failed after I sent the message.\n'
-ACCEPTED = b'%s accepted message.\n'
+
+# Temporary (Z), because of this host, its control files or its network.
+NO_HOME = b'ZUnable to switch to home directory. (#4.3.0)\n'
+NO_CONTROL = b'ZUnable to read control files. (#4.3.0)\n'
+NOT_OURS = b"ZI cannot send from %s, which is in control/outgoingip: " \
+    b"%s. (#4.3.0)\n"
+NO_MEMORY = b'ZOut of memory. (#4.3.0)\n'
+NO_RESOURCES = b'ZSystem resources temporarily unavailable. (#4.3.0)\n'
+KILLED = b'ZI was told to stop. (#4.3.0)\n'
+NO_MESSAGE = b'ZUnable to read message. (#4.3.0)\n'
+DNS_SOFT = b"ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
+RELAY_HARD = b"ZSorry, I couldn't find the relay %s. (#4.4.4)\n"
+TLSA_SOFT = b"ZSorry, I couldn't look up the TLSA records of %s. (#4.4.3)\n"
+
+# Temporary (Z), because of the servers.
+NO_CONNECTION = b"ZSorry, I wasn't able to establish an SMTP connection. " \
+    b"(#4.4.1)\n"
+GREETING_FAILED = b'ZConnected to %s but greeting failed.\n'
+NAME_REJECTED = b'ZConnected to %s but my name was rejected.\n'
 DIED = b'ZConnected to %s but connection died. (#4.4.2)\n'
 DIED_LATE = b'ZConnected to %s but connection died. ' \
     b'Possible duplicate! (#4.4.2)\n'
 AUTH_REJECTED = b'ZConnected to %s but authentication was rejected (%s).\n'
 AUTH_UNDECODABLE = b'ZConnected to %s but unable to base64decode challenge.\n'
 AUTH_UNENCODABLE = b'ZConnected to %s but unable to base64encode %s.\n'
-TLSA_SOFT = b"ZSorry, I couldn't look up the TLSA records of %s. (#4.4.3)\n"
 TLS_FAILED = b'ZConnected to %s but TLS failed: %s. (#4.7.5)\n'
 TLS_FORBIDDEN = b'ZNo password is sent without TLS, but ' \
     b'control/notlshosts/%s\nforbids TLS on port %d. (#4.7.5)\n'
+
+# Lines that may follow TLS_FAILED.
 TLS_CLEAR = b'No password is sent in the clear after TLS has failed.\n'
 TLS_PASSWORD = b'No password is sent to this port without TLS and a ' \
     b'certificate that can be\nverified.\n'
@@ -257,46 +284,54 @@ TLS_TRUST = b"To trust this relay, put its certificate, or its CA's, into\n" \
     b'control/tlshosts/%s.pem.\n'
 TLS_FILE = b'Only the certificates in control/tlshosts/%s.pem\n' \
     b'are trusted for this server.\n'
-TLS_GAVE_UP = b'TLS failed: %s\n'
-TLS_IN_THE_CLEAR = b'TLS failed: %s, sent in the clear\n'
+
+# Success, after K.
+ACCEPTED = b'%s accepted message.\n'
+
+# Lines about a password that was not used; with K before ACCEPTED.
 AUTH_MISSING = b'no supported AUTH method found, continuing without ' \
     b'authentication.\n'
 AUTH_LACKING = b'the line of this route in the control files has no %s, ' \
     b'continuing without authentication.\n'
 
-# What qmail-rspawn says itself (spawn.c, qmail-rspawn.c).
+# The last line where TLS failed, in the place of a TLS summary.
+TLS_GAVE_UP = b'TLS failed: %s\n'
+TLS_IN_THE_CLEAR = b'TLS failed: %s, sent in the clear\n'
+
+# From qmail-rspawn itself (spawn.c, qmail-rspawn.c).
 SPAWN_TOO_LONG = b'Zqmail-spawn out of memory. (#4.3.0)\n'
+SPAWN_NO_OPEN = b'Zqmail-spawn unable to open message. (#4.3.0)\n'
+SPAWN_NO_FSTAT = b'Zqmail-spawn unable to fstat message. (#4.3.0)\n'
+SPAWN_NO_PIPE = b'Zqmail-spawn unable to create pipe. (#4.3.0)\n'
+SPAWN_NO_FORK = b'Zqmail-spawn unable to fork. (#4.3.0)\n'
+SPAWN_CRASHED = b'Zqmail-remote crashed.\n'
+SPAWN_SILENT = b'Zqmail-remote produced no output.\n'
+SPAWN_WRONG_TYPE = b'ZSorry, message has wrong type. (#4.3.5)\n'
+SPAWN_WRONG_OWNER = b'ZSorry, message has wrong owner. (#4.3.5)\n'
+SPAWN_NO_HOST = b'DSorry, address must include host name. (#5.1.3)\n'
 SPAWN_TOO_BIG = b'ZInternal error: delnum too big. (#4.3.5)\n'
 SPAWN_IN_USE = b'ZInternal error: delnum in use. (#4.3.5)\n'
 SPAWN_NONNUMERIC = b'DInternal error: messid has nonnumerics. (#5.3.5)\n'
 SPAWN_MESSID_LONG = b'DInternal error: messid too long. (#5.3.5)\n'
 SPAWN_MESSID_SHORT = b'DInternal error: messid too short. (#5.3.5)\n'
-SPAWN_NO_HOST = b'DSorry, address must include host name. (#5.1.3)\n'
-SPAWN_NO_OPEN = b'Zqmail-spawn unable to open message. (#4.3.0)\n'
-SPAWN_NO_FSTAT = b'Zqmail-spawn unable to fstat message. (#4.3.0)\n'
-SPAWN_WRONG_TYPE = b'ZSorry, message has wrong type. (#4.3.5)\n'
-SPAWN_WRONG_OWNER = b'ZSorry, message has wrong owner. (#4.3.5)\n'
-SPAWN_NO_PIPE = b'Zqmail-spawn unable to create pipe. (#4.3.0)\n'
-SPAWN_NO_FORK = b'Zqmail-spawn unable to fork. (#4.3.0)\n'
-SPAWN_CRASHED = b'Zqmail-remote crashed.\n'
-SPAWN_SILENT = b'Zqmail-remote produced no output.\n'
 
 
 class Result:
-    """How a delivery, or the try of one server, has ended (bytes, no NULs).
-
-    report       the message report; its first letter is K, Z or D.  Empty
-                 if there is nothing to say but that there was no connection
-    recipients   the recipient reports, in the order of the arguments
-    try_next     nothing was decided: another server may do better
-    reached      there was a connection
-    answered     it was the server that said no
-    diagnostic   what went wrong in a few words, for the attempt log
-    tls_summary  the last line of the message report, about TLS, or empty
-    rcpt_sent    a server may have heard of the recipients
-    tls_failed   the TlsFailed that ended the connection, or None"""
+    """How a delivery, or the try of one server, has ended (texts: bytes)."""
     __slots__ = ('report', 'recipients', 'try_next', 'reached', 'answered',
                  'diagnostic', 'tls_summary', 'rcpt_sent', 'tls_failed')
+    report: bytes               # the message report: K, Z or D, and its text;
+                                # empty if there was only no connection
+    recipients: list            # their reports, in the order of the arguments
+    try_next: bool              # nothing is decided: the next server may do
+                                # better
+    reached: bool               # there was a connection
+    answered: bool              # a refusal by the server
+    diagnostic: bytes           # what went wrong in short, for the attempt log
+    tls_summary: bytes          # the last line of the message report, or empty
+    rcpt_sent: bool             # a server may know the recipients
+    tls_failed: object          # the TlsFailed that ended the connection, or
+                                # None
 
     def __init__(self, report, recipients=(), try_next=False, reached=True,
                  answered=False, diagnostic=b'', tls_summary=b''):
@@ -308,8 +343,9 @@ class Result:
 
 
 class LocalFault(Exception):
-    """A fault of this host, or of the message that it was given: no server
-    is to blame, and none is asked.  report: the message report (bytes)."""
+    """A fault of this host, or of the message that it was given.  It ends
+    the delivery: no server is to blame.  report: the message report
+    (bytes)."""
 
     def __init__(self, report):
         Exception.__init__(self, report)
@@ -317,7 +353,8 @@ class LocalFault(Exception):
 
 
 class ConnectionLost(Exception):
-    """The connection is dead; diagnostic: why, in a few words (bytes)."""
+    """The connection cannot be used any more.  diagnostic: why, in a few
+    words (bytes)."""
 
     def __init__(self, diagnostic):
         Exception.__init__(self, diagnostic)
@@ -325,15 +362,19 @@ class ConnectionLost(Exception):
 
 
 class ProtocolError(ConnectionLost):
-    """The peer is out of step.  Its connection counts as dead."""
+    """The peer is out of step.  Its connection counts as lost."""
 
 
 class TlsFailed(Exception):
-    """TLS did not come about; reason: why (bytes).  anchors: the
-    certificates (DER) that another handshake is to be checked with;
-    certificate: the server's was not good enough; silent: the handshake
-    timed out, or the connection died before the server said anything in it;
-    resumed: it was to resume a TLS session, and may do better without."""
+    """TLS could not be used on a connection.
+
+    reason      why (bytes)
+    anchors     certificates (DER) of issuers that a TLSA record names: a
+                second handshake must verify the server's with them
+    certificate     the server's certificate was not good enough
+    silent      the handshake timed out, or the connection was lost before the
+                server had sent anything in it
+    resumed     a TLS session was to be resumed: without, it may succeed"""
 
     def __init__(self, reason, anchors=(), certificate=False, silent=False):
         Exception.__init__(self, reason)
@@ -342,7 +383,8 @@ class TlsFailed(Exception):
 
 
 class Undeliverable(Exception):
-    """DNS gives no server to send to; report: the message report."""
+    """DNS gives no server to send to.  report: the message report
+    (bytes)."""
 
     def __init__(self, report):
         Exception.__init__(self, report)
@@ -354,25 +396,27 @@ class TimedOut(Exception):
 
 
 def temporary(report):
-    """The same report, as a temporary one: D becomes Z, h becomes s."""
+    """The report as a temporary one: D becomes Z, h becomes s."""
     return {b'D': b'Z', b'h': b's'}.get(report[:1], report[:1]) + report[1:]
 
 
 def printable(text):
-    """Bytes outside 33-126 as ?  (qmail-remote.c, outsafe())."""
+    """text with ? for each byte outside 33-126 (qmail-remote.c,
+    outsafe())."""
     return bytes(c if 33 <= c <= 126 else 63 for c in text)
 
 
 def output_of(result):
-    """All that goes to fd 1: each report ended by its NUL."""
+    """All that goes to fd 1: each report, and a NUL at its end.  A NUL in a
+    report would begin another one, and becomes ?."""
     return b''.join(report.replace(b'\0', b'?') + b'\0'
                     for report in result.recipients +
                     [result.report + result.tls_summary])
 
 
 def brief(result):
-    """The first lines of a Result, if there is no memory for the others:
-    what has become of the message stays as it is."""
+    """A Result with the first lines of the reports only, for when there is
+    no memory for the others.  The letters stay."""
     short = Result(result.report.split(b'\n')[0] + b'\n',
                    [report.split(b'\n')[0] + b'\n' * (report != b'r')
                     for report in result.recipients])
@@ -381,7 +425,8 @@ def brief(result):
 
 
 def write_output(output):
-    """Writes to fd 1, once; if nobody reads it, nobody can be told."""
+    """Writes to fd 1.  An error ends it silently: there is no other place to
+    report to."""
     try:
         os.set_blocking(1, True)
         while output:
@@ -391,7 +436,7 @@ def write_output(output):
 
 
 def write_some(output):
-    """What fd 1 does not take at once.  Raises OSError."""
+    """Writes to fd 1 once.  Returns what is left.  Raises OSError."""
     return output[os.write(1, output):]
 
 

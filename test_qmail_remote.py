@@ -10474,6 +10474,18 @@ class ManualPage(unittest.TestCase):
         for variable in re.findall(r"environ\.get\(b'([A-Z_]+)'", program):
             self.assertIn(variable, manual)
 
+    def test_order_of_reports(self):
+        """The program's constants and the manual have one order."""
+        with open(PROGRAM, encoding='utf-8') as f:
+            room = f.read().split('4. Results\n')[1].split('\nclass ')[0]
+        reports = ' '.join(MANUAL.split()).split(' REPORTS ')[1]
+        found = [reports.index(max(
+            (' '.join(part.split()) for part in re.split(
+                '^[DZKhs](?=[A-Zq%])|%[sd]', getattr(qr, name).decode())),
+            key=len)) for name in re.findall(r'^([A-Z_0-9]+) = b', room, re.M)
+            if name not in ('TLS_GAVE_UP', 'TLS_IN_THE_CLEAR')]
+        self.assertEqual(sorted(found), found)
+
     def test_times(self):
         """The formula gives the figures of its examples, and what bound()
         has for the tests of real processes."""
