@@ -3,29 +3,25 @@
 ''':'
 trap 'exit 111' 0
 set -e
-# sh reads these lines, Python takes them for a string.  A child, not exec,
-# and a trap: whatever keeps python3 from starting (it is missing, there is no
-# memory or no process left, this file is cut short) must end as exit 111, a
-# deferral; any other status but 0 bounces the mail.  Without set -e, posh does
-# not run the trap after a syntax error.  fd 2 is the pipe of the reports: a
-# traceback there would bounce the mail as well.  exec would redirect it with
-# less, but each sh does something else when exec fails.
-# To compile this file takes Python longer than to deliver a message.  So the
-# few lines for python3 -c run the bytecode in __pycache__ beside the file, if
-# root has put it there and nobody else can change it, and it fits the source
-# and this Python (SourceFileLoader sees to that); otherwise the source.  Not
-# stat but lstat: a link could lead elsewhere by the time it is read.  The
-# garbage collector would find nothing in bytecode, and take 0.1 ms.  main()
-# does not return: if exec(code) does, the end of the file is missing.
+# sh runs the lines down to the second ':', Python takes them for a string.
+# qmail-rspawn reads exit status 111 as a deferral, and any other but 0 as a
+# bounce.  So 111 is what sh must end with, whatever keeps Python from running:
+# python3 is missing, no memory or process is left, this file is cut short.
+# - The trap is for what ends sh itself, such as a syntax error.  posh runs it
+#   only after set -e.
+# - python3 is a child process, for each sh acts differently if exec fails.
+# - Descriptor 2 is the pipe that qmail-rspawn reads reports from.  A traceback
+#   there would bounce the mail, so it becomes /dev/null, if it is no terminal.
+#   The braces do that, not exec, for the reason above.
 fd=3
 [ -t 2 ] && fd=2
 {
 LC_ALL=C python3 -ISB -X under_sh -c '
-import gc, posix, sys
-gc.disable()
+import posix, sys
 from _frozen_importlib_external import SourceFileLoader, cache_from_source
 del sys.argv[0]
 path = sys.argv[0]
+# Bytecode is beside the file, not beside a link to it.
 try:
     for _ in range(40):
         link = posix.readlink(path)
@@ -33,6 +29,11 @@ try:
 except OSError:
     pass
 loader = SourceFileLoader("qmail_remote", path)
+# To compile the file takes longer than to deliver a message.  But whoever can
+# write its bytecode, or the directory that holds it, can run what he likes as
+# our user.  So bytecode is used only if root alone can.  lstat, not stat: the
+# owner of a link could make it lead elsewhere after this check.  get_code()
+# does not take bytecode of another source or for another Python.
 try:
     cache = cache_from_source(path)
     for entry, kind in (cache[:cache.rfind("/")], 0o40000), (cache, 0o100000):
@@ -42,9 +43,8 @@ try:
     code = loader.get_code("qmail_remote")
 except Exception:
     code = loader.source_to_code(loader.get_data(path), path)
-getattr(gc, "freeze", int)()
-gc.enable()
 exec(code)
+# main() does not return, so the last lines of the file are missing.
 sys.exit(111)
 ' "$0" "$@" && trap - 0 && exit 0
 } 3>/dev/null 2>&$fd 3>&-
