@@ -4901,11 +4901,11 @@ class Batches:
         _, batch = self.open.pop(key)
         self.ready.append(batch)
 
-    def close_due(self, everything):
-        """Closes the batches that are due, or everything."""
+    def close_due(self):
+        """Closes the batches that are due."""
         now = self.clock()
         for key, (due, _) in list(self.open.items()):
-            if due <= now or everything:
+            if due <= now:
                 self.close(key)
 
     def deadline(self):
@@ -4921,12 +4921,10 @@ class ReportWriter:
 
     def __init__(self, limit):
         self.output = bytearray((limit,))       # that is to be written
-        self.closed = False     # qmail-send reads no more
 
     def add(self, delnum, text):
         """Adds the report about a delivery number."""
-        if not self.closed:
-            self.output += bytes((delnum,)) + text + b'\0'
+        self.output += bytes((delnum,)) + text + b'\0'
 
     def is_empty(self):
         """Whether qmail-send has read everything."""
@@ -4938,14 +4936,15 @@ class ReportWriter:
         return len(self.output) >= SPAWN_BACKLOG
 
     def write(self):
-        """Writes as much as qmail-send takes at once."""
+        """Writes as much as qmail-send takes at once; drops everything if it
+        is gone."""
         try:
             while self.output:
                 self.output = write_some(self.output)
         except BlockingIOError:
             pass
-        except OSError:         # qmail-send is gone
-            self.output, self.closed = bytearray(), True
+        except OSError:
+            self.output = bytearray()
 
 
 class Spawner:
@@ -4984,7 +4983,7 @@ class Spawner:
             self.take_answer(command, text)
         if 0 in readable:
             self.read_commands()
-        self.batches.close_due(everything=self.ended)
+        self.batches.close_due()
         if self.batches.ready:
             self.dispatch()
         self.pool.close_idle()

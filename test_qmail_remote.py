@@ -9522,7 +9522,7 @@ class SpawnTables(Tables):
         clock.now += .004
         self.add(batches, (1, b'b@h'))
         self.assertEqual(start + .005, batches.deadline())
-        batches.close_due(False)
+        batches.close_due()
         self.assertEqual(([], [2]), self.sizes(batches))
         self.add(batches, (2, b'c@h', b's@x.example', b'0/18'))
         self.assertEqual(([2], [1]), self.sizes(batches))
@@ -9530,11 +9530,8 @@ class SpawnTables(Tables):
                             for i in range(60)])
         self.assertEqual(([2, 50], [11]), self.sizes(batches))
         clock.now += .005
-        batches.close_due(False)
+        batches.close_due()
         self.assertEqual(([2, 50, 11], []), self.sizes(batches))
-        self.add(batches, (4, b'a@h'))
-        batches.close_due(everything=True)
-        self.assertEqual(([2, 50, 11, 1], []), self.sizes(batches))
 
     def test_who_goes_together(self):
         for other, together in (
@@ -9624,6 +9621,16 @@ class SpawnTables(Tables):
         self.answer(spawner)
         self.assertEqual(-signal.SIGKILL, child.wait(10))
         self.assertEqual(([], {}), (spawner.pool.idle, spawner.pool.workers))
+
+    def test_a_worker_with_old_control_files(self):
+        """It finishes its job, and gets no other one."""
+        spawner, _, _, far = self.spawner((4, b'a@h'))
+        spawner.pool.config = qr.unusable_config(b'Z')
+        far.sendall(qr.frame([b'Kx']))
+        self.answer(spawner)
+        self.assertEqual(b'\x14\4Kx\0', spawner.reports.output)
+        self.assertEqual(([], {}), (spawner.pool.idle, spawner.pool.workers))
+        self.assertEqual(b'', far.recv(1))
 
     def test_answer_in_pieces(self):
         """Nothing happens before the last byte; then one delivery is over,
