@@ -6,7 +6,8 @@ PREFIX = /usr/local
 BINDIR = $(PREFIX)/bin
 LIBDIR = $(PREFIX)/lib/qmail-remote
 MANDIR = $(PREFIX)/share/man
-QMAIL_HOME = /var/qmail
+# Empty: the one that the installed file names, else /var/qmail.
+QMAIL_HOME =
 
 help:
 	@echo 'make demo       deliveries shown step by step: no root, no'
@@ -91,24 +92,38 @@ TLS_FILES = refuse() { echo "qmailr cannot read control/$$1"; exit 1; }; \
 	    notlshosts/*; do { [ -f "$$f" ] && [ -r "$$f" ]; } || absent "$$f" || \
 	    refuse "$$f"; done
 
+# Prints the qmail home that a file names.
+HOME_IN = sed -n "s/^QMAIL_HOME = b*\"\(.*\)\".*/\1/p"
+
+# leads PATH: whether it is a link to our file.  $root: before all paths, where
+# a package is built; $lib and $bin: where our file will be, and its link.
+LEADS = leads() { [ -L "$$1" ] && \
+	[ "$$1" != "$$root$$bin/qmail_remote.py" ] || return 1; \
+	case $$(readlink "$$1") in \
+	"$$lib/qmail_remote.py" | "$$bin/qmail_remote.py") ;; \
+	*) [ "$$1" -ef "$$root$$lib/qmail_remote.py" ] ;; esac; }
+
 # The installed file names its interpreter by an absolute path, and its qmail
-# home.  All that can go wrong is tried on the new file, in a directory of its
-# own, before it takes the place of another by rename: whether qmailr can run
-# it (qmail bounces mail if not); if qmail is to use it ($program), or does so
-# already, whether the control files are good; whether the old program can be
-# saved.  The bytecode is only for this very file (time and size) and this very
-# Python.
-INSTALL = umask 022; lib='$(DESTDIR)$(LIBDIR)'; bin='$(DESTDIR)$(BINDIR)'; \
+# home.  It keeps that home as long as a link there leads to it: uninstall
+# finds such links only where the file says.  All that can go wrong is tried on
+# the new file, in a directory of its own, before it takes the place of another
+# by rename: whether qmailr can run it (qmail bounces mail if not); if qmail is
+# to use it ($program), or does so already, whether the control files are good;
+# whether the old program can be saved.  The bytecode is only for this very
+# file (time and size) and this very Python.
+INSTALL = umask 022; root='$(DESTDIR)'; lib='$(LIBDIR)'; bin='$(BINDIR)'; \
 	page='$(DESTDIR)$(MANDIR)/man8/qmail_remote.py.8'; \
-	file='$(LIBDIR)/qmail_remote.py'; new=$$lib/qmail_remote.new; \
-	home='$(DESTDIR)$(QMAIL_HOME)'; old=$$home/bin/$$program; \
+	file=$$lib/qmail_remote.py; new=$$root$$lib/qmail_remote.new; \
+	was=$$($(HOME_IN) "$$root$$file" 2>/dev/null) || :; \
+	home='$(QMAIL_HOME)'; home=$${home:-$${was:-/var/qmail}}; \
+	old=$$root$$home/bin/$$program; $(LEADS); \
 	ours='Copyright (c) 2026 the qmail_remote.py authors'; \
 	refuse() { rm -rf "$$new"; echo "$$1; nothing is changed." >&2; \
 	    exit 1; }; \
 	try() { if [ "$$uid" ]; then \
 	        "$$python" -ISc '$(AS_QMAILR)' $$uid $$gid "$$@"; \
 	    else env - "$$@"; fi </dev/null 2>/dev/null; }; \
-	case '$(LIBDIR) $(QMAIL_HOME)' in /*' '/*) ;; \
+	case "$$lib $$home" in /*' '/*) ;; \
 	*) refuse 'LIBDIR and QMAIL_HOME must begin with /' ;; esac; \
 	python=$$($(PYTHON) -ISc 'import sys; print(sys.executable)') || :; \
 	case "$$python" in /*) ;; \
@@ -119,26 +134,30 @@ INSTALL = umask 022; lib='$(DESTDIR)$(LIBDIR)'; bin='$(DESTDIR)$(BINDIR)'; \
 	    gid=$$(id -g qmailr) || { uid=65534; gid=65534; \
 	    user='a user without rights, such as qmailr,'; }; \
 	    try /bin/sh -c : || { uid=; user=you; }; fi; \
-	if [ "$$program" ] && [ ! -d "$$home/bin" ]; then \
-	    refuse "There is no $$home/bin"; fi; \
+	if [ "$$program" ] && [ ! -d "$$root$$home/bin" ]; then \
+	    refuse "There is no $$root$$home/bin"; fi; \
+	[ -z "$$was" ] || [ "$$root$$was" -ef "$$root$$home" ] || \
+	    for link in "$$root$$was"/bin/*; do ! leads "$$link" || \
+	        refuse "$$link is a link to $$file, and would get another home: \
+	give another PREFIX for $$home, or make uninstall first"; done; \
 	rm -rf "$$new"; \
-	mkdir -p "$$new" "$$bin" "$${page%/*}" && $(PAGE) >"$$new/page" && \
+	mkdir -p "$$new" "$$root$$bin" "$${page%/*}" && $(PAGE) >"$$new/page" && \
 	sed -e "s|^LC_ALL=C python3 |LC_ALL=C $$python |" \
-	    -e 's|^QMAIL_HOME = .*|QMAIL_HOME = b"$(QMAIL_HOME)"|' \
+	    -e 's|^QMAIL_HOME = .*|QMAIL_HOME = b"'"$$home"'"|' \
 	    qmail_remote.py >"$$new/qmail_remote.py" && \
 	chmod 755 "$$new/qmail_remote.py" && chmod 644 "$$new/page" || \
-	    refuse "Cannot write to $$lib"; \
+	    refuse "Cannot write to $$root$$lib"; \
 	try "$$new/qmail_remote.py" | grep '^DI (qmail-remote)' >/dev/null || \
 	    refuse "With $$python $$user cannot run it"; \
 	used=$$program; for link in qmail-remote qmail-rspawn; do \
-	    [ "$$home/bin/$$link" -ef "$$lib/qmail_remote.py" ] && \
+	    [ "$$root$$home/bin/$$link" -ef "$$root$$file" ] && \
 	        used=$$used$$link; done; \
 	if [ "$$used" ] && [ -z '$(DESTDIR)' ]; then \
 	    said=$$(try "$$new/qmail_remote.py" x '@<' x | \
 	        tr -d '\000' | sed 's/^Z//'); \
 	    case $$said in "DSorry, that sender address "*) ;; \
 	    *) refuse "As qmailr a delivery would say: $$said" ;; esac; \
-	    said=$$(try /bin/sh -c '$(TLS_FILES)' '$(QMAIL_HOME)') || \
+	    said=$$(try /bin/sh -c '$(TLS_FILES)' "$$home") || \
 	        refuse "$$said"; \
 	fi; \
 	case $$used in *qmail-rspawn*) [ '$(DESTDIR)' ] || { \
@@ -157,15 +176,18 @@ INSTALL = umask 022; lib='$(DESTDIR)$(LIBDIR)'; bin='$(DESTDIR)$(BINDIR)'; \
 	            refuse "Cannot save $$old"; \
 	    fi; \
 	fi; \
-	mkdir -p "$$lib/__pycache__" && chmod 755 "$$lib/__pycache__" && \
+	mkdir -p "$$root$$lib/__pycache__" && \
+	chmod 755 "$$root$$lib/__pycache__" && \
 	"$$python" -X no_debug_ranges -ISc '$(COMPILE)' \
-	    "$$new/qmail_remote.py" "$$lib/qmail_remote.py" "$$file" && \
-	chmod 644 "$$lib"/__pycache__/qmail_remote.* || \
+	    "$$new/qmail_remote.py" "$$root$$file" "$$file" && \
+	chmod 644 "$$root$$lib"/__pycache__/qmail_remote.* || \
 	    refuse "Cannot compile it"; \
 	diff qmail_remote.py "$$new/qmail_remote.py" || :; \
-	mv -f "$$new/qmail_remote.py" "$$lib/qmail_remote.py" && \
+	mv -f "$$new/qmail_remote.py" "$$root$$file" && \
 	mv -f "$$new/page" "$$page" && rm -rf "$$new" || exit 1; \
-	if [ "$$(cd "$$bin" && pwd -P)" != "$$(cd "$$lib" && pwd -P)" ]; then \
+	bin=$$root$$bin; \
+	if [ "$$(cd "$$bin" && pwd -P)" != \
+	    "$$(cd "$$root$$lib" && pwd -P)" ]; then \
 	    rm -f "$$bin/qmail_remote.new" && \
 	    ln -s "$$file" "$$bin/qmail_remote.new" && \
 	    mv -f "$$bin/qmail_remote.new" "$$bin/qmail_remote.py" || exit 1; \
@@ -191,17 +213,12 @@ install-qmail-rspawn:
 
 # The old programs come back, whatever link leads to ours.  One that has no
 # old program stays, or qmail would bounce all mail; then ours stays, too.
-# $root: before all paths; $lib and $bin: where ours is; $home: if it does not
-# say so itself.
-RESTORE = ours=$$root$$lib/qmail_remote.py; left=; \
-	said=$$(sed -n "s/^QMAIL_HOME = b*\"\(.*\)\".*/\1/p" "$$ours" \
-	    2>/dev/null) || :; [ "$$said" ] || said=$$home; \
-	for link in "$$root$$said"/bin/* "$$root$$home"/bin/*; do \
-	    [ -L "$$link" ] && \
-	        [ "$$link" != "$$root$$bin/qmail_remote.py" ] || continue; \
-	    case $$(readlink "$$link") in \
-	    "$$lib/qmail_remote.py" | "$$bin/qmail_remote.py") ;; \
-	    *) [ "$$link" -ef "$$ours" ] || continue ;; esac; \
+# $home: another home than the one that our file names, or empty.
+RESTORE = ours=$$root$$lib/qmail_remote.py; left=; $(LEADS); \
+	home=$${home:-/var/qmail}; \
+	was=$$($(HOME_IN) "$$ours" 2>/dev/null) || :; was=$${was:-$$home}; \
+	for link in "$$root$$was"/bin/* "$$root$$home"/bin/*; do \
+	    leads "$$link" || continue; \
 	    if [ -f "$$link.classic" ] && \
 	        ! [ "$$link.classic" -ef "$$ours" ] && \
 	        mv -f "$$link.classic" "$$link"; then \
@@ -217,6 +234,9 @@ RESTORE = ours=$$root$$lib/qmail_remote.py; left=; \
 uninstall:
 	@root='$(DESTDIR)'; lib='$(LIBDIR)'; bin='$(BINDIR)'; \
 	home='$(QMAIL_HOME)'; $(RESTORE); \
+	if [ ! -f "$$ours" ]; then \
+	    echo "There is no $$ours: give the PREFIX and LIBDIR of the \
+	installation.  Nothing is removed." >&2; exit 1; fi; \
 	if [ "$$(readlink "$$root$$bin/qmail_remote.py")" = \
 	    "$$lib/qmail_remote.py" ]; then \
 	    rm -f "$$root$$bin/qmail_remote.py"; \

@@ -10695,13 +10695,15 @@ class InQmail(unittest.TestCase):
         with open(self.path(name), 'rb') as f:
             return f.read()
 
-    def make(self, *words, program='make', before=(), **options):
-        """(status, what is printed).  What a word says last counts."""
+    def make(self, *words, program='make', before=(), home=None, **options):
+        """(status, what is printed).  What a word says last counts.  home:
+        another QMAIL_HOME, or '' for none."""
         path = self.path('tools') + ':' + os.environ['PATH']
+        home = self.home if home is None else home
         done = subprocess.run(
             list(before) + [find_program(program), '-s'] +
-            ['PREFIX=' + self.prefix, 'QMAIL_HOME=' + self.home,
-             'PYTHON=' + self.python] + list(words),
+            ['PREFIX=' + self.prefix, 'PYTHON=' + self.python] +
+            ['QMAIL_HOME=' + home] * bool(home) + list(words),
             cwd=self.source, timeout=60, env={'PATH': path},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
         return done.returncode, done.stdout.decode()
@@ -10870,6 +10872,72 @@ class InQmail(unittest.TestCase):
         self.assertNotEqual(0, status, said)
         self.assertIn(why, said)
         self.assertIn('nothing is changed', said)
+        self.assertEqual(before, self.tree())
+
+    def test_home_of_an_upgrade(self):
+        """Without QMAIL_HOME, it is the home that the installed file names,
+        for install and for uninstall."""
+        for program in 'make', 'bmake':
+            with self.subTest(program):
+                self.good('install-qmail', program=program)
+                self.good('install', program=program, home='')
+                self.assertIn(b'\nQMAIL_HOME = b"%b"\n' % self.home.encode(),
+                              self.read(self.installed))
+                self.good('install-qmail-rspawn', program=program, home='')
+                self.assertEqual(self.installed, self.bin()['qmail-rspawn'])
+                os.rename(self.path('home/control/me'), self.path('me'))
+                self.refused('Unable to read control', 'install',
+                             program=program, home='')
+                os.rename(self.path('me'), self.path('home/control/me'))
+                self.good('uninstall', program=program, home='')
+                self.assertEqual(self.old_ones(), self.bin())
+
+    def test_another_home(self):
+        """A file serves one home.  make refuses to leave a link behind in
+        the one before, which uninstall would not find."""
+        for name in 'home2/bin', 'home2/control', 'home2/queue/mess':
+            os.makedirs(self.path(name))
+        self.write('home2/control/me', ME)
+        self.write('home2/bin/qmail-remote', b'the second')
+        os.symlink('home', self.path('alias'))
+        alias, second = self.path('alias'), self.path('home2')
+        link = self.path('home/bin/qmail-remote')
+        self.good('install-qmail')
+        for target in 'install', 'install-qmail', 'install-qmail-rspawn':
+            self.refused('%s is a link to %s' % (link, self.installed),
+                         target, home=second)
+        self.good('install', home=alias + '/')
+        self.good('install-qmail', 'PREFIX=' + self.path('prefix2'),
+                  home=second)
+        self.good('uninstall', 'PREFIX=' + self.path('prefix2'), home='')
+        self.assertEqual({'qmail-remote'}, set(self.tree('home2/bin')))
+        # Any name counts, and what leads to it by the link in BINDIR.
+        self.good('uninstall', home='')
+        self.good('install')
+        os.symlink(os.path.join(self.prefix, 'bin/qmail_remote.py'),
+                   self.path('home/bin/other'))
+        self.refused('bin/other is a link', 'install', home=second)
+        os.unlink(self.path('home/bin/other'))
+        self.good('install-qmail', home=second)
+        self.good('uninstall', home='')
+        self.assertEqual({'qmail-remote'}, set(self.tree('home2/bin')))
+
+    def test_another_home_staged(self):
+        """Links in DESTDIR lead to where the files will be."""
+        words = ['DESTDIR=' + self.path('root'), 'PREFIX=/opt']
+        for name in 'one', 'two':
+            os.makedirs(self.path('root/%s/bin' % name))
+        self.good('install-qmail', *words, home='/one')
+        self.refused('root/one/bin/qmail-remote is a link', 'install-qmail',
+                     *words, home='/two')
+
+    def test_uninstall_of_nothing(self):
+        self.good('install-qmail')
+        before = self.tree()
+        status, said = self.make('uninstall', 'PREFIX=' + self.path('other'))
+        self.assertNotEqual(0, status)
+        self.assertIn('There is no %s/lib/qmail-remote/qmail_remote.py' %
+                      self.path('other'), said)
         self.assertEqual(before, self.tree())
 
     def test_a_python_that_is_no_good(self):
