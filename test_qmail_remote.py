@@ -12403,38 +12403,35 @@ class Tls(Dialogues):
 
     def test_when_offered(self):
         unchecked = accepted('certificate not checked')
-        self.play([
-            row('STARTTLS', over_tls('self'), 'r', unchecked),
-            row('an expired certificate for another name will do',
-                over_tls('expired'), 'r', unchecked),
-            row('the words of the report', over_tls(
-                'self 1.2 ciphers=ECDHE-ECDSA-AES128-GCM-SHA256'), 'r',
-                ACCEPTED + 'TLSv1.2, ECDHE-ECDSA-AES128-GCM-SHA256, '
-                'certificate not checked\n'),
-            row('in small letters', over_tls('self').replace(
-                '250 STARTTLS', '250 starttls'), 'r', unchecked),
-            row('no address as a name', over_tls('self name=-'), 'r',
-                unchecked),
-            self.relay('the name of the relay',
-                       over_tls('self name=relay.example'), 'r', unchecked),
-            row('the name of the exchanger', {
-                '127.0.0.2': over_tls('self name=mx1.there.example')}, 'r',
-                accepted('certificate not checked', '127.0.0.2')),
-            row('a big message', over_tls('self'), 'r', unchecked,
-                message=BIG, wire=BIG.replace(b'\n', b'\r\n')),
-            row('close_notify before the end of the line', over_tls(
-                'self', FROM_MAIL.replace('Q:', 'bye')), 'r', unchecked),
-            row('HELO after TLS', START + 'TLS: self\n' + EHLO_AGAIN
-                + 'S: 502 what?\nC: HELO me.example\nS: 250 fake\n'
-                + FROM_MAIL, 'r', unchecked),
-            row('notlshosts', OFFER + FROM_MAIL, 'r', ACCEPTED,
-                control={'notlshosts/127.0.0.1': b''}),
-            self.relay('notlshosts, by name', OFFER + FROM_MAIL, 'r',
-                       ACCEPTED, control={'notlshosts/relay.example': b''}),
-            self.relay('notlshosts of another', over_tls('self'), 'r',
-                       unchecked,
-                       control={'notlshosts/relay.example.net': b''}),
-            ])
+        off = OFFER + FROM_MAIL, ACCEPTED
+        self.play(row(title, script, 'r', report, **options)
+                  for title, script, report, options in [
+            ('expired, and another name', over_tls('expired'), unchecked, {}),
+            ('in small letters', over_tls('self').replace(
+                '250 STARTTLS', '250 starttls'), unchecked, {}),
+            ('no address as a name', over_tls('self name=-'), unchecked, {}),
+            ('the name of the exchanger', {
+                '127.0.0.2': over_tls('self name=mx1.there.example')},
+             accepted('certificate not checked', '127.0.0.2'), {}),
+            ('a big message', over_tls('self'), unchecked, dict(
+                message=BIG, wire=BIG.replace(b'\n', b'\r\n'))),
+            ('close_notify before the end of the line', over_tls(
+                'self', FROM_MAIL.replace('Q:', 'bye')), unchecked, {}),
+            ('HELO after TLS', START + 'TLS: self\n' + EHLO_AGAIN
+             + 'S: 502 what?\nC: HELO me.example\nS: 250 fake\n'
+             + FROM_MAIL, unchecked, {}),
+            ('notlshosts', *off, dict(control={'notlshosts/127.0.0.1': b''})),
+            ('a cipher that nobody likes', [
+                START + 'noTLS: self 1.2 ciphers=ECDHE-ECDSA-AES256-GCM-'
+                'SHA384', IN_CLEAR], in_clear(), dict(control={
+                    'tlsclientciphers': CIPHER.encode()}))])
+        self.play(self.relay(title, script, 'r', report, control=control)
+                  for title, script, report, control in [
+            ('the name of the relay', over_tls('self name=relay.example'),
+             unchecked, {}),
+            ('notlshosts, by name', *off, {'notlshosts/relay.example': b''}),
+            ('notlshosts of another', over_tls('self'), unchecked,
+             {'notlshosts/relay.example.net': b''})])
 
     # How TLS fails, in words for the server that offers it.  A list: it is
     # called twice, the second time with TLS 1.2 at most.
@@ -12526,6 +12523,7 @@ class Tls(Dialogues):
         def old(checked, address=IP):
             return Like(ACCEPTED.replace(IP, address) + 'TLSv1.2, ',
                         ', %s\n' % checked)
+        files = dict(self.SHORT, **{TLSHOSTS: pem('ca').encode()})
         self.play([
             row('opportunistic', [hangs, over_old_tls('self')], 'r',
                 old('certificate not checked'), control=self.SHORT),
@@ -12533,39 +12531,18 @@ class Tls(Dialogues):
                                          IN_CLEAR], 'r', in_clear(
                     'connection closed'),
                 control=self.SHORT),
-            row('STARTTLS is gone then', [hangs, ACCEPT], 'r',
-                in_clear('timed out'), control=self.SHORT),
             self.relay('tlshosts', [hangs, over_old_tls('relay')], 'r',
-                       old('verified'), control=dict(self.SHORT, **{
-                           TLSHOSTS: pem('ca').encode()})),
-            self.relay('tlshosts, pinned', [
-                hangs, START + 'noTLS: other', over_old_tls('other')], 'r',
-                old('pinned'), control=dict(self.SHORT, **{
-                    TLSHOSTS: pem('other').encode()})),
+                       old('verified'), control=files),
             self.relay('tlshosts, another certificate', [
                 hangs, START + 'noTLS: self', START + 'old: self\nQ:'],
-                Like(TLS_FAILED, ONLY_FILE), control=dict(self.SHORT, **{
-                    TLSHOSTS: pem('ca').encode()})),
+                Like(TLS_FAILED, ONLY_FILE), control=files),
             self.login('a password', [hangs, START + 'old: relay\n'
                                       + logs_in], 'r', old('verified', THERE),
                        port=587, trust='ca', control=self.SHORT),
-            self.login('a password, another certificate', [
-                hangs, START + 'noTLS: self'], Like(
-                    FAILED_THERE, NEEDS_TLS, WAY_OUT), port=587, trust='ca',
-                control=self.SHORT),
-            row('DANE', {'127.0.0.2': [hangs, over_old_tls('relay')]}, 'r',
-                old('DANE', '127.0.0.2'), **signed(
-                    [tlsa(3, 1, 1, 'relay')], control=self.SHORT)),
             row('DANE, an issuer', {'127.0.0.2': [
                 hangs, START + 'old: relay+ca\nQ:',
                 over_old_tls('relay+ca')]}, 'r', old('DANE', '127.0.0.2'),
                 **signed([tlsa(2, 0, 0, 'ca')], control=self.SHORT))])
-
-    def test_a_cipher_list_that_nobody_likes(self):
-        self.play([row('in the clear', [
-            START + 'noTLS: self 1.2 ciphers=ECDHE-ECDSA-AES256-GCM-SHA384',
-            IN_CLEAR], 'r', in_clear(), control={
-                'tlsclientciphers': b'ECDHE-ECDSA-AES128-GCM-SHA256'})])
 
     def test_words_in_the_clear_before_tls(self):
         """What came with the 220 would pass for encrypted words."""
@@ -12632,35 +12609,20 @@ class Tls(Dialogues):
 
     def test_tlshosts_is_the_last_word(self):
         files = {TLSHOSTS: pem('ca').encode()}
-        to_address = {'smtproutes': b':127.0.0.1:PORT'}
         self.play([
-            self.relay('STARTTLS is not offered', TO_EHLO + 'S: 250 fake\n'
-                       'Q:', Like(TLS_FAILED + 'the server does not offer '
-                                  'STARTTLS'), control=files),
             self.relay('HELO only', TO_EHLO + 'S: 502 what?\nC: HELO '
-                       'me.example\nS: 250 fake\nQ:', Like(TLS_FAILED),
+                       'me.example\nS: 250 fake\nQ:', Like(
+                           TLS_FAILED + 'the server does not offer STARTTLS'),
                        control=files),
-            self.relay('more than notlshosts', over_tls('relay'), 'r',
-                       accepted('verified'),
+            self.relay('more than notlshosts, whatever the case',
+                       over_tls('relay'), 'r', accepted('verified'),
                        control=dict(files, **{
+                           'smtproutes': b':Relay.EXAMPLE.:PORT',
                            'notlshosts/relay.example': b''})),
-            self.relay('whatever the case of the route', over_tls('relay'),
-                       'r', accepted('verified'), control=dict(
-                           files, smtproutes=b':Relay.EXAMPLE.:PORT')),
-            row('by address', over_tls('relay'), 'r', accepted('verified'),
-                control=dict(to_address, **{
-                    'tlshosts/127.0.0.1.pem': pem('ca').encode()})),
-            row('another address', [START + 'noTLS: self',
-                                    START + 'TLS: self\nQ:'],
-                Like(TLS_FAILED), control=dict(to_address, **{
-                    'tlshosts/127.0.0.1.pem': pem('ca').encode()})),
             row('by address, pinned', [START + 'noTLS: other',
                                        over_tls('other name=-')], 'r',
-                accepted('pinned'), control=dict(to_address, **{
-                    'tlshosts/127.0.0.1.pem': pem('other').encode()})),
-            row('an exchanger', {'127.0.0.2': over_tls('relay')}, 'r',
-                accepted('verified', '127.0.0.2'), control={
-                    'tlshosts/mx1.there.example.pem': pem('ca').encode()}),
+                accepted('pinned'), control={
+                    'tlshosts/127.0.0.1.pem': pem('other').encode()}),
             row('the exchanger counts, not the host', {
                 '127.0.0.2': over_tls('self')}, 'r',
                 accepted('certificate not checked', '127.0.0.2'), control={
@@ -12675,20 +12637,13 @@ class Tls(Dialogues):
     def test_damaged_files(self):
         """One that holds nonsense defers; one that is not needed does
         not."""
-        def case(title, **control):
-            return self.relay(title, OFFER + 'Q:', NO_CONTROL,
-                              control=control)
-        self.play([
-            case('tlshosts, empty', **{TLSHOSTS: b''}),
-            case('tlshosts, junk', **{TLSHOSTS: b'junk'}),
-            case('tlshosts, damaged', **{
-                TLSHOSTS: pem('ca').encode()[:200]}),
-            case('tlshosts, one of two damaged', **{
-                TLSHOSTS: (pem('ca') + pem('self')[:200]).encode()}),
-            case('clientcert.pem without a key', **{
-                'clientcert.pem': pem('client').encode()}),
-            case('clientcert.pem, junk', **{'clientcert.pem': b'junk'}),
-            case('tlsclientciphers', tlsclientciphers=b'nonsense\n'),
+        self.play([self.relay(repr(control), OFFER + 'Q:', NO_CONTROL,
+                              control=control) for control in [
+            {TLSHOSTS: b''}, {TLSHOSTS: b'junk'},
+            {TLSHOSTS: (pem('ca') + pem('self')[:200]).encode()},
+            {'clientcert.pem': pem('client').encode()},
+            {'clientcert.pem': b'junk'}, {'tlsclientciphers': b'nonsense\n'}]
+            ] + [
             self.relay('tlshosts of another', over_tls('self'), 'r',
                        accepted('certificate not checked'), control={
                            'tlshosts/other.example.pem': b'junk'}),
@@ -12779,131 +12734,92 @@ class Tls(Dialogues):
         """Verified, or nothing is sent; and how to trust the relay."""
         logs_in = EHLO_AGAIN + self.OFFERS + self.LOGS_IN
         failed = Like(FAILED_THERE, NEEDS_TLS, WAY_OUT)
-
-        def case(title, script, *reports, **options):
-            return self.login(title, script, *reports, **dict(
-                options, port=587))
-        self.play([
-            case('the system knows its CA', START + 'TLS: relay\n' + logs_in,
-                 'r', accepted('verified', THERE), trust='ca'),
-            case('a CA below it', START + 'TLS: below+inter\n' + logs_in,
-                 'r', accepted('verified', THERE), trust='ca'),
-            case('an unknown CA', START + 'noTLS: relay', failed),
-            case('signed by itself', START + 'noTLS: self', failed,
-                 trust='ca'),
-            case('another name', START + 'noTLS: other', failed, trust='ca'),
-            case('expired', START + 'noTLS: expired', Like(
+        pinned = {'control': {TLSHOSTS: pem('self').encode()}}
+        by_address = b':192.0.2.1:587|%s|%s' % (self.USER, self.PASSWORD)
+        ca, stripped = {'trust': 'ca'}, (
+            FAILED_THERE + 'the server does not offer STARTTLS. (#4.7.5)\n'
+            + NEEDS_TLS)
+        self.play(self.login(title, script, *reports, port=587, **options)
+                  for title, script, reports, options in [
+            ('the system knows its CA', START + 'TLS: relay\n' + logs_in,
+             ['r', accepted('verified', THERE)], ca),
+            ('a CA below it', START + 'TLS: below+inter\n' + logs_in,
+             ['r', accepted('verified', THERE)], ca),
+            ('an unknown CA', START + 'noTLS: relay', [failed], {}),
+            ('another name', START + 'noTLS: other', [failed], ca),
+            ('expired', START + 'noTLS: expired', [Like(
                 FAILED_THERE, 'expire' if sys.version_info >= (3, 7)
-                else 'verify failed', WAY_OUT), trust='ca'),
-            case('STARTTLS is not offered', TO_EHLO + 'S: 250-fake\n'
-                 'S: 250 AUTH PLAIN\nQ:', FAILED_THERE
-                 + 'the server does not offer STARTTLS. (#4.7.5)\n'
-                 + NEEDS_TLS, trust='ca'),
-            case('HELO only', TO_EHLO + 'S: 502 what?\nC: HELO me.example\n'
-                 'S: 250 fake\nQ:', FAILED_THERE
-                 + 'the server does not offer STARTTLS. (#4.7.5)\n'
-                 + NEEDS_TLS, trust='ca'),
-            case('refused', ASK + 'S: 454 not now\nQ:', FAILED_THERE
-                 + 'STARTTLS refused: 454 not now. (#4.7.5)\n' + NEEDS_TLS,
-                 trust='ca'),
-            case('pinned', START + 'TLS: self\n' + logs_in, 'r',
-                 accepted('pinned', THERE), control={
-                     TLSHOSTS: pem('self').encode()}),
-            case('what the system trusts counts no more', [
-                START + 'noTLS: relay', START + 'TLS: relay\nQ:'], Like(
-                    FAILED_THERE, ONLY_FILE), trust='ca',
-                 control={TLSHOSTS: pem('self').encode()}),
-            case('notlshosts forbids what is required', [], Like(
-                'ZNo password is sent without TLS, but '
-                'control/notlshosts/relay.example\nforbids TLS'), trust='ca',
-                control={'notlshosts/relay.example': b''}),
-            case('by address', START + 'noTLS: relay', Like(
-                FAILED_THERE, NEEDS_TLS, 'control/tlshosts/192.0.2.1.pem'),
-                trust='ca', control={'smtproutes': b':192.0.2.1:587|%s|%s' % (
-                    self.USER, self.PASSWORD)}),
-            self.login('authsenders', START + 'noTLS: self', failed, port=587,
-                       control={'smtproutes': None, 'authsenders':
-                                b'@here.example:relay.example:587|%s|%s' % (
-                                    self.USER, self.PASSWORD)}),
-            self.relay('no password, no check', over_tls('self'), 'r',
-                       accepted('certificate not checked'),
-                       control={'smtproutes': b':relay.example:587'})])
+                else 'verify failed', WAY_OUT)], ca),
+            ('STARTTLS is not offered', TO_EHLO + 'S: 250-fake\n'
+             'S: 250 AUTH PLAIN\nQ:', [stripped], ca),
+            ('HELO only', TO_EHLO + 'S: 502 what?\nC: HELO me.example\n'
+             'S: 250 fake\nQ:', [stripped], ca),
+            ('refused', TLS_REFUSED, [
+                FAILED_THERE + 'STARTTLS refused: 454 not now. (#4.7.5)\n'
+                + NEEDS_TLS], ca),
+            ('half a handshake', START + 'half: relay',
+             [Like(FAILED_THERE, NEEDS_TLS)], ca),
+            ('pinned', START + 'TLS: self\n' + logs_in,
+             ['r', accepted('pinned', THERE)], pinned),
+            ('what the system trusts counts no more', [
+                START + 'noTLS: relay', START + 'TLS: relay\nQ:'],
+             [Like(FAILED_THERE, ONLY_FILE)], dict(ca, **pinned)),
+            ('notlshosts', [], ['ZNo password is sent without TLS, '
+             'but control/notlshosts/relay.example\nforbids TLS on '
+             'port 587. (#4.7.5)\n'], dict(ca, control={
+                 'notlshosts/relay.example': b''})),
+            ('by address', START + 'noTLS: relay', [Like(
+                FAILED_THERE, NEEDS_TLS, 'control/tlshosts/192.0.2.1.pem')],
+             dict(ca, control={'smtproutes': by_address})),
+            ('authsenders', START + 'noTLS: self', [failed], dict(
+                control={'smtproutes': None, 'authsenders':
+                         b'@here.example' + by_address.replace(
+                             b'192.0.2.1', b'relay.example')})),
+            ('no password, no check', over_tls('self'),
+             ['r', accepted('certificate not checked', THERE)], dict(
+                 control={'smtproutes': b':relay.example:587'}))])
 
     def test_port_465(self):
         """TLS from the first byte; there is nothing to fall back to."""
-        logs_in = TO_EHLO + self.OFFERS + self.LOGS_IN
         failed = Like(FAILED_THERE, NEEDS_TLS, WAY_OUT)
         broken = Like(FAILED_THERE, '(#4.7.5)\n' + NEEDS_TLS, most=200)
-        bare = {'smtproutes': b':relay.example:465'}
-
-        def case(title, script, *reports, **options):
-            return self.login(title, script, *reports, **dict(
-                options, port=465))
-        self.play([
-            case('the system knows its CA', 'TLS: relay\n' + logs_in, 'r',
-                 accepted('verified', THERE), trust='ca'),
-            case('pinned', 'TLS: self\n' + logs_in, 'r',
-                 accepted('pinned', THERE),
-                 control={TLSHOSTS: pem('self').encode()}),
-            case('an unknown CA', 'noTLS: relay', failed),
-            case('another name', 'noTLS: other', failed, trust='ca'),
-            case('expired', 'noTLS: expired', failed, trust='ca'),
-            case('half a handshake', 'half: relay', broken, trust='ca'),
-            case('closed', ['R: 5\nclose'] * 2, broken, trust='ca'),
-            case('garbage', 'R: 5\nS: 554 no\ndrop', broken, trust='ca'),
-            case('a server in the clear', 'S: 220 fake\ndrop',
-                 Like('ZConnected to ' + THERE), trust='ca'),
-            case('notlshosts forbids what is required', [], Like(
-                'ZNo password is sent without TLS, but '
-                'control/notlshosts/relay.example'), trust='ca',
-                control={'notlshosts/relay.example': b''}),
-            case('no password, no check', at_once('self name=relay.example'),
-                 'r', accepted('certificate not checked', THERE),
-                 control=bare),
-            case('no password, and TLS fails', 'half: self',
-                 Like(FAILED_THERE), control=bare),
-            case('STARTTLS counts no more', 'TLS: self\n' + IN_CLEAR, 'r',
-                 accepted('certificate not checked', THERE), control=bare)])
+        bare = {'control': {'smtproutes': b':relay.example:465'}}
+        unchecked = ['r', accepted('certificate not checked', THERE)]
+        self.play(self.login(title, script, *reports, port=465, **options)
+                  for title, script, reports, options in [
+            ('verified', 'TLS: relay\n' + TO_EHLO + self.OFFERS
+             + self.LOGS_IN, ['r', accepted('verified', THERE)],
+             {'trust': 'ca'}),
+            ('an unknown CA', 'noTLS: relay', [failed], {}),
+            ('half a handshake', 'half: relay', [broken], {}),
+            ('closed', ['R: 5\nclose'] * 2, [broken], {}),
+            ('a server in the clear', 'S: 220 fake\ndrop',
+             [Like('ZConnected to ' + THERE)], {}),
+            ('no password, no check', at_once('self name=relay.example'),
+             unchecked, bare),
+            ('no password, and TLS fails', 'half: self',
+             [Like(FAILED_THERE)], bare),
+            ('STARTTLS counts no more', 'TLS: self\n' + IN_CLEAR,
+             unchecked, bare)])
 
     def test_passwords_on_other_ports(self):
         """Every port but 25 and 26 is as 587, except on this host."""
         clear = TO_EHLO + 'S: 250-fake\nS: 250 AUTH PLAIN\n'
-        logs_in = self.OFFERS + self.LOGS_IN
+        over = START + 'TLS: self\n' + EHLO_AGAIN + self.OFFERS + self.LOGS_IN
         taken = ACCEPTED.replace(IP, THERE)
-        rows = []
-        for port in (27, 2525):
-            def case(title, script, *reports, **options):
-                return self.login('%s, port %d' % (title, port), script,
-                                  *reports, port=port, **options)
+        rows = [self.login('stripped, port %d' % port, clear + 'Q:', Like(
+            FAILED_THERE + 'the server does not offer STARTTLS'), port=port)
+                for port in (24, 27, 2525)]
+        for port in 25, 26:
             rows += [
-                case('verified', START + 'TLS: relay\n' + EHLO_AGAIN
-                     + logs_in, 'r', accepted('verified', THERE),
-                     trust='ca'),
-                case('not verified', START + 'noTLS: self', Like(
-                    FAILED_THERE, NEEDS_TLS, WAY_OUT), trust='ca'),
-                case('stripped', clear + 'Q:', FAILED_THERE
-                     + 'the server does not offer STARTTLS. (#4.7.5)\n'
-                     + NEEDS_TLS, trust='ca'),
-                case('a handshake that dies', START + 'half: relay',
-                     Like(FAILED_THERE, NEEDS_TLS), trust='ca'),
-                case('notlshosts', [], 'ZNo password is sent without TLS, '
-                     'but control/notlshosts/relay.example\nforbids TLS on '
-                     'port %d. (#4.7.5)\n' % port, trust='ca',
-                     control={'notlshosts/relay.example': b''})]
-        rows += [self.login('in the clear, port %d' % port, clear
-                            + self.LOGS_IN, 'r', taken, port=port)
-                 for port in (25, 26)]
-        rows += [self.login('unchecked, port %d' % port, START
-                            + 'TLS: self\n' + EHLO_AGAIN + logs_in, 'r',
-                            accepted('certificate not checked', THERE),
-                            port=port) for port in (25, 26)]
+                self.login('in the clear, port %d' % port, clear
+                           + self.LOGS_IN, 'r', taken, port=port),
+                self.login('unchecked, port %d' % port, over, 'r', accepted(
+                    'certificate not checked', THERE), port=port)]
         rows += [
             self.login('this host, in the clear', clear + self.LOGS_IN, 'r',
                        ACCEPTED, port=2525, records=RELAY),
-            self.login('this host, port 465', 'TLS: self\n' + TO_EHLO
-                       + logs_in, 'r', accepted('certificate not checked'),
-                       port=465, records=RELAY),
-            self.login('this host, and TLS fails', ASK + 'S: 454 no\nQ:',
+            self.login('this host, and TLS fails', TLS_REFUSED,
                        Like(TLS_FAILED, 'No password is sent in the clear'),
                        port=587, records=RELAY)]
         if HAS_IPV6:
@@ -12913,7 +12829,6 @@ class Tls(Dialogues):
                 control={'smtproutes': b':[::1]:2525|%s|%s' % (
                     self.USER, self.PASSWORD)}))
         self.play(rows)
-
 
     def test_names_that_are_none(self):
         """An exchanger's name with / or .. in it is never part of a path:
@@ -12944,37 +12859,30 @@ class Tls(Dialogues):
                                         '..', 'x.y')])
 
     def test_no_ssl_module(self):
-        def case(title, script, *reports, **options):
-            kind = self.login if options.pop('password', True) else self.relay
-            return kind(title, script, *reports, **dict(
-                options, has_ssl=False))
         why = TLS_FAILED + 'this Python has no ssl module'
+        there = why.replace(IP, THERE) + '. (#4.7.5)\n' + NEEDS_TLS
         log_in = TO_EHLO + 'S: 250-fake\nS: 250 AUTH PLAIN\n' + self.LOGS_IN
         self.play([
             row('in the clear', IN_CLEAR, 'r',
                 ACCEPTED + 'TLS failed: this Python has no ssl module, '
                 'sent in the clear\n', command=python(NO_SSL)),
-            case('in the clear, refused', OFFER + MAIL
-                 + 'S: 554 5.7.1 no\nQ:', Like(
-                     'ZConnected to 127.0.0.1 but sender was rejected.\n',
-                     'TLS failed: this Python has no ssl module\n'),
-                 password=False),
-            case('where TLS is required', OFFER + 'Q:', Like(why),
-                 password=False, control={TLSHOSTS: pem('ca').encode()}),
-            case('a password, and STARTTLS is offered', OFFER + 'Q:',
-                 Like(why, 'No password is sent in the clear')),
-            case('a password, and STARTTLS is not offered', log_in, 'r',
-                 ACCEPTED),
-            case('a password, port 2525', OFFER + 'Q:', why.replace(
-                IP, THERE) + '. (#4.7.5)\n' + NEEDS_TLS, port=2525),
-            case('a password, port 465', 'Q:', why.replace(
-                IP, THERE) + '. (#4.7.5)\n' + NEEDS_TLS, port=465),
-            row('DANE', {'127.0.0.2': OFFER + 'Q:'}, Like(
+            row('in the clear, refused', OFFER + MAIL
+                + 'S: 554 5.7.1 no\nQ:', 'Z' + SENDER_NO % '554 5.7.1 no'
+                + 'TLS failed: this Python has no ssl module\n',
+                has_ssl=False),
+            self.relay('where TLS is required', OFFER + 'Q:', Like(why),
+                       has_ssl=False, control={
+                           TLSHOSTS: pem('ca').encode()})]
+            + [self.login(title, script, *reports, has_ssl=False, **options)
+               for title, script, reports, options in [
+                ('STARTTLS is offered', OFFER + 'Q:', [Like(
+                    why, 'No password is sent in the clear')], {}),
+                ('STARTTLS is not offered', log_in, ['r', ACCEPTED], {}),
+                ('port 2525', OFFER + 'Q:', [there], {'port': 2525}),
+                ('port 465', 'Q:', [there], {'port': 465})]]
+            + [row('DANE', {'127.0.0.2': OFFER + 'Q:'}, Like(
                 why.replace(IP, '127.0.0.2')), **signed(
-                    [tlsa(3, 1, 1, 'relay')], has_ssl=False)),
-            row('DANE, an issuer', {'127.0.0.2': OFFER + 'Q:'}, Like(
-                why.replace(IP, '127.0.0.2')), **signed(
-                    [tlsa(2, 1, 1, 'ca')], has_ssl=False))])
+                    [tlsa(3, 1, 1, 'relay')], has_ssl=False))])
 
 
 # ------------------------------------------------------------ TLS: DANE
