@@ -13058,39 +13058,34 @@ class Dane(Dialogues):
         """A server whose certificate does not please, once it is known."""
         return START + 'TLS: %s\nQ:' % certificates
 
+    def rows(self, *cases):
+        """cases: title, script, TLSA records, reports, options"""
+        self.play(self.case(title, script, records, *reports, **options)
+                  for title, script, records, reports, options in cases)
+
     def test_usage_3(self):
         """The server's own certificate, whatever its name and age."""
-        every = [(selector, matching) for selector in (0, 1)
-                 for matching in (0, 1, 2)]
-        rows = [self.case('3 %d %d' % way, over_tls('relay name=' + MX1),
-                          [tlsa(3, *way, 'relay')], 'r', self.GOOD)
-                for way in every]
-        rows += [self.case('3 %d %d, wrong' % way, self.looked_at('relay'),
-                           [tlsa(3, *way, 'self')], self.NO_MATCH)
-                 for way in every]
-        rows += [
-            self.case('expired', over_tls('expired'),
-                      [tlsa(3, 1, 1, 'expired')], 'r', self.GOOD),
-            self.case('of another name', over_tls('other'),
-                      [tlsa(3, 0, 1, 'other')], 'r', self.GOOD),
-            self.case('signed by itself', over_tls('self'),
-                      [tlsa(3, 1, 1, 'self')], 'r', self.GOOD),
-            self.case('one of several', over_tls('self'),
-                      [tlsa(3, 1, 1, 'relay'), tlsa(0, 0, 1, 'ca'),
-                       tlsa(3, 1, 2, 'self')], 'r', self.GOOD),
-            self.case('its issuer is not it', self.looked_at('relay+ca'),
-                      [tlsa(3, 1, 1, 'ca')], self.NO_MATCH),
-            self.case('an unusable one does not help',
-                      self.looked_at('relay'), [
-                          tlsa(3, 1, 1, 'self'), tlsa(1, 1, 1, 'relay')],
-                      self.NO_MATCH),
-            self.case('one that is too short does no harm',
-                      over_tls('self'), [
-                          b'\3\1', tlsa(3, 1, 1, 'self'), b''],
-                      'r', self.GOOD),
-            self.case('nor does it help', self.looked_at('relay'), [
-                b'\3\1', tlsa(3, 1, 1, 'self')], self.NO_MATCH)]
-        self.play(rows)
+        good, bad = ['r', self.GOOD], [self.NO_MATCH]
+        self.rows(*[
+            ('3 %d %d' % way, over_tls('relay name=' + MX1),
+             [tlsa(3, *way, 'relay')], good, {})
+            for way in ((0, 0), (1, 1), (0, 2))] + [
+            ('wrong', self.looked_at('relay'), [tlsa(3, 1, 1, 'self')], bad,
+             {}),
+            ('expired', over_tls('expired'), [tlsa(3, 1, 1, 'expired')],
+             good, {}),
+            ('of another name', over_tls('other'), [tlsa(3, 0, 1, 'other')],
+             good, {}),
+            ('one of several', over_tls('self'), [
+                tlsa(3, 1, 1, 'relay'), tlsa(0, 0, 1, 'ca'),
+                tlsa(3, 1, 2, 'self')], good, {}),
+            ('its issuer is not it', self.looked_at('relay+ca'),
+             [tlsa(3, 1, 1, 'ca')], bad, {}),
+            ('an unusable one does not help', self.looked_at('relay'),
+             [tlsa(3, 1, 1, 'self'), tlsa(1, 1, 1, 'relay'), b'\3\1'], bad,
+             {}),
+            ('one that is too short does no harm', over_tls('self'),
+             [b'\3\1', tlsa(3, 1, 1, 'self'), b''], good, {})])
 
     def alias(self, title, script, at_target, at_alias, *reports, **options):
         """A row whose exchanger is an alias, with these TLSA records."""
@@ -13131,50 +13126,32 @@ class Dane(Dialogues):
     def test_usage_2(self):
         """An issuer: two connections, the second with it as the only
         anchor; name and age count."""
-        def case(title, first, second, record, report, **options):
-            script = [self.looked_at(first), START + 'noTLS: ' + first
-                      if second is None else over_tls(second)]
-            reports = ['r', report] if second else [report]
-            return self.case(title, script, [record], *reports, **options)
-        ways = [(0, 0)] + ([(1, 1), (0, 1), (0, 2), (1, 0), (1, 2)]
-                           if CHAINS else [])
         rows = []
-        for way in ways:
-            right, wrong = tlsa(2, *way, 'ca'), tlsa(2, *way, 'self')
-            name = '2 %d %d' % way
-            rows.append(case(name, 'relay+ca', 'relay+ca', right, self.GOOD))
-            rows.append(
-                case(name + ', wrong', 'relay', None, wrong, self.FAILED)
-                if way == (0, 0) else self.case(
-                    name + ', wrong', self.looked_at('relay+ca'), [wrong],
-                    self.NO_MATCH))
-        for way in ways[:2]:
+        for way in [(0, 0)] + [(1, 1), (0, 2)] * CHAINS:
             right = tlsa(2, *way, 'ca')
-            name = '2 %d %d' % way
-            rows += [
-                case(name + ', two levels', 'below+inter+ca',
-                     'below+inter+ca', right, self.GOOD),
-                case(name + ', in the middle', 'below+inter', 'below+inter',
-                     tlsa(2, *way, 'inter'), self.GOOD),
-                case(name + ', another name', 'other+ca', None, right,
-                     self.FAILED),
-                case(name + ', expired', 'expired+ca', None, right,
-                     self.FAILED),
-                case(name + ', shown, but it signed nothing', 'self+ca',
-                     None, right, self.FAILED),
-                case(name + ', not shown', 'relay', 'relay', right, self.GOOD)
-                if way == (0, 0) else self.case(
-                    name + ', not shown', self.looked_at('relay'), [right],
-                    self.NO_MATCH)]
-        rows.append(self.case('2 0 0 that is no good beside one that is',
-                              [self.looked_at('relay'), over_tls('relay')],
-                              [tlsa(2, 0, 0, 'ca'), (2, 0, 0, self.junk())],
-                              'r', self.GOOD))
+            for title, certificates, record, good in (
+                    ('right', 'relay+ca', right, True),
+                    ('two levels', 'below+inter+ca', right, True),
+                    ('in the middle', 'below+inter', tlsa(2, *way, 'inter'),
+                     True),
+                    ('another name', 'other+ca', right, False),
+                    ('expired', 'expired+ca', right, False),
+                    ('it signed nothing', 'self+ca', right, False)):
+                script = [self.looked_at(certificates), over_tls(certificates)
+                          if good else START + 'noTLS: ' + certificates]
+                rows.append(('2 %d %d, ' % way + title, script, [record],
+                             ['r', self.GOOD] if good else [self.FAILED], {}))
+            if way != (0, 0):
+                rows.append(('%d %d not shown' % way, self.looked_at('relay'),
+                             [right], [self.NO_MATCH], {}))
+        rows.append(('2 0 0, not shown, beside one that is no good',
+                     [self.looked_at('relay'), over_tls('relay')],
+                     [tlsa(2, 0, 0, 'ca'), (2, 0, 0, self.junk())],
+                     ['r', self.GOOD], {}))
         if not CHAINS:
-            rows += [self.case('2 %d %d is unusable here' % way,
-                               over_tls('self'), [tlsa(2, *way, 'ca')], 'r',
-                               self.UNCHECKED) for way in ((0, 1), (1, 1))]
-        self.play(rows)
+            rows.append(('2 1 1 is unusable here', over_tls('self'),
+                         [tlsa(2, 1, 1, 'ca')], ['r', self.UNCHECKED], {}))
+        self.rows(*rows)
 
     @staticmethod
     def junk():
@@ -13183,140 +13160,99 @@ class Dane(Dialogues):
         data[data.index(b'\x55\x04\x03') - 2] ^= 0x20
         return bytes(data)
 
-    UNUSABLE = [(0, 0, 1, bytes(32)), (1, 1, 1, bytes(32)),
-                (3, 2, 1, bytes(32)), (3, 1, 3, bytes(32)),
-                (3, 1, 1, bytes(31)), (2, 0, 0, b'junk'),
-                (4, 1, 1, bytes(32)), (3, 0, 0, b'junk'), (3, 1, 0, b'junk')]
-
-    def test_unusable_records(self):
-        """TLS is required, and nothing is checked."""
-        record = self.UNUSABLE[:1]
-        rows = [self.case('%d %d %d' % each[:3], over_tls('self'), [each],
-                          'r', self.UNCHECKED) for each in self.UNUSABLE]
-        rows += [
-            self.case('too short', over_tls('self'), [b'\3\1'], 'r',
-                      self.UNCHECKED),
-            self.case('2 0 0, hardly a certificate', over_tls('self'),
-                      [(2, 0, 0, self.junk())], 'r', self.UNCHECKED),
-            self.case('all of them', over_tls('self'), self.UNUSABLE, 'r',
-                      self.UNCHECKED),
-            self.case('STARTTLS is not offered', TO_EHLO + 'S: 250 fake\nQ:',
-                      record, self.FAILED),
-            self.case('STARTTLS is refused', ASK + 'S: 454 not now\nQ:',
-                      record, self.FAILED),
-            self.case('half a handshake', START + 'half: self', record,
-                      self.FAILED)]
-        self.play(rows)
-
     def test_no_way_around_it(self):
+        """Usable records decide; unusable ones require TLS, unchecked."""
+        useless = [(1, 1, 1, bytes(32)), (2, 0, 0, self.junk()), b'\3\1']
         right = [tlsa(3, 1, 1, 'relay')]
-        self.play([
-            self.case('STARTTLS is not offered', TO_EHLO + 'S: 250 fake\nQ:',
-                      right, Like(TLS_FAILED.replace(IP, self.FIRST)
-                                  + 'the server does not offer STARTTLS')),
-            self.case('STARTTLS is refused', ASK + 'S: 554 no\nQ:', right,
-                      self.FAILED),
-            self.case('garbage', START + 'R: 5\nS: 500 what?\ndrop', right,
-                      self.FAILED),
-            self.case('half a handshake', START + 'half: relay', right,
-                      self.FAILED),
-            row('the next exchanger', {
-                self.FIRST: self.looked_at('self'), '127.0.0.3': ACCEPT},
-                'r', Like('K127.0.0.3', '127.0.0.2: TLS failed: no TLSA'),
-                **signed(right, count=2)),
-            self.case('tlshosts is stronger', over_tls('self'), right, 'r',
-                      accepted('pinned', self.FIRST), control={
-                          'tlshosts/%s.pem' % MX1: pem('self').encode()}),
-            self.case('notlshosts, too', OFFER + FROM_MAIL, right, 'r',
-                      self.PLAIN, control={'notlshosts/' + MX1: b''})])
+        self.rows(*[
+            (title, script, records, [self.FAILED], {})
+            for records in (right, useless) for title, script in (
+                ('not offered', TO_EHLO + 'S: 250 fake\nQ:'),
+                ('refused', TLS_REFUSED),
+                ('garbage', START + 'R: 5\nS: 500 what?\ndrop'),
+                ('half a handshake', START + 'half: self'))] + [
+            ('unusable', over_tls('self'), useless, ['r', self.UNCHECKED],
+             {}),
+            ('tlshosts is stronger', over_tls('self'), right,
+             ['r', accepted('pinned', self.FIRST)], dict(control={
+                 'tlshosts/%s.pem' % MX1: pem('self').encode()})),
+            ('notlshosts, too', OFFER + FROM_MAIL, right, ['r', self.PLAIN],
+             dict(control={'notlshosts/' + MX1: b''}))])
+        self.play([row('the next exchanger', {
+            self.FIRST: self.looked_at('self'), '127.0.0.3': ACCEPT},
+            'r', Like('K127.0.0.3', '127.0.0.2: TLS failed: no TLSA'),
+            **signed(right, count=2))])
 
     def test_unknown_for_now(self):
         """TLSA failing means: not this host."""
-        def fails(title, what, **options):
-            return row(title, {self.FIRST: [], '127.0.0.3': ACCEPT}, 'r',
-                       Like('K127.0.0.3 accepted message.\n',
-                            '127.0.0.2: TLSA lookup failed\n'),
-                       **signed([], count=2, overrides={
-                           (TLSA1, 'TLSA'): what}, **options))
-        self.play([
-            fails('SERVFAIL', {'rcode': 2}), fails('REFUSED', {'rcode': 5}),
-            fails('nonsense', lambda query, question, via: [dns_message(
-                question, [dns_record(TLSA1, 'TLSA', b'\3\1')])[:-1]]),
-            self.case('and no other one', [], [], Like(
+        fails = {'overrides': {(TLSA1, 'TLSA'): {'rcode': 2}}}
+        self.play([row('the next one', {
+            self.FIRST: [], '127.0.0.3': ACCEPT}, 'r', Like(
+                'K127.0.0.3 accepted message.\n',
+                '127.0.0.2: TLSA lookup failed\n'),
+            **signed([], count=2, overrides={(TLSA1, 'TLSA'): what}))
+            for what in ({'rcode': 2}, lambda query, question, via: [
+                dns_message(question, [dns_record(
+                    TLSA1, 'TLSA', b'\3\1')])[:-1]])])
+        self.rows(
+            ('no other one', [], [], [
                 "ZSorry, I couldn't look up the TLSA records of "
-                'mx1.there.example. (#4.4.3)\n'), overrides={
-                    (TLSA1, 'TLSA'): {'rcode': 2}}),
-            self.case('the address is not signed: never mind', ACCEPT, [],
-                      'r', self.PLAIN, unsigned=[(MX1, 'A')],
-                      overrides={(TLSA1, 'TLSA'): {'rcode': 2}}),
-            self.case('there is none', over_tls('self'), [], 'r',
-                      self.UNCHECKED)])
+                'mx1.there.example. (#4.4.3)\n'], fails),
+            ('a relay', [], [], [Like('Z', 'TLSA')], dict(
+                fails, control=self.BY_NAME)),
+            ('the address is not signed', ACCEPT, [], ['r', self.PLAIN],
+             dict(fails, unsigned=[(MX1, 'A')])),
+            ('there is none', over_tls('self'), [], ['r', self.UNCHECKED],
+             {}))
+
+    BY_NAME = {'smtproutes': b':mx1.there.example:25'}
+
+    @staticmethod
+    def at_port(port, certificate='relay'):
+        """Options: the TLSA record of MX1 for that port."""
+        name = '_%d._tcp.%s' % (port, MX1)
+        return {'overrides': {(name, 'TLSA'): lambda query, question, via: [
+            dns_message(question, [dns_record(
+                name, 'TLSA', tlsa(3, 1, 1, certificate))], 0x81A0)]}}
 
     def test_only_with_ad(self):
-        """Without AD on all the way: as if there was no TLSA record."""
-        wrong = [tlsa(3, 1, 1, 'self')]
-        rows = [self.case('%s %s is not signed' % (kind, name), ACCEPT,
-                          wrong, 'r', self.PLAIN, unsigned=[(name, kind)])
-                for name, kind in [(HOST, 'MX'), (MX1, 'A'),
-                                   (TLSA1, 'TLSA')]]
-        rows += [
-            self.case('STARTTLS all the same', over_tls('relay'), wrong, 'r',
-                      self.UNCHECKED, unsigned=[(MX1, 'A')]),
-            self.case('a host without MX', over_tls('relay'), [], 'r',
-                      self.GOOD, host=MX1, overrides={
-                          (TLSA1, 'TLSA'): lambda query, question, via: [
-                              dns_message(question, [dns_record(
-                                  TLSA1, 'TLSA', tlsa(3, 1, 1, 'relay'))],
-                                  0x81A0)]}),
-            self.case('on another port', over_tls('relay'), [], 'r',
-                      self.GOOD, control={'smtproutes': b'::2525'},
-                      overrides={
-                          ('_2525._tcp.' + MX1, 'TLSA'):
-                          lambda query, question, via: [dns_message(
-                              question, [dns_record(
-                                  '_2525._tcp.' + MX1, 'TLSA',
-                                  tlsa(3, 1, 1, 'relay'))], 0x81A0)]})]
-        self.play(rows)
-
-    def test_relays(self):
-        """A relay that is given by name is asked for like an exchanger
-        (RFC 7672 2.2.2), from what the administrator wrote on."""
+        """Without AD on all the way: as if there was no TLSA record.  A
+        relay given by name is asked for like an exchanger (RFC 7672 2.2.2),
+        from what the administrator wrote on."""
         right, wrong = [tlsa(3, 1, 1, 'relay')], [tlsa(3, 1, 1, 'self')]
-        by_name = {'smtproutes': b':mx1.there.example:25'}
-        by_address = {'smtproutes': b':127.0.0.2:25'}
-        login = binascii.b2a_base64(b'\0ann\0opensesame')[:-1].decode()
+        good, unchecked = ['r', self.GOOD], ['r', self.UNCHECKED]
+        by_name = {'control': self.BY_NAME}
+        login = self.base64(b'\0ann\0opensesame')
         with_password = START + 'TLS: self\n' + EHLO_AGAIN + (
             'S: 250-fake\nS: 250 AUTH PLAIN\nC: AUTH PLAIN %s\n'
-            'S: 235 ok\n' % login
-        ) + FROM_MAIL
-        submission = {
-            'smtproutes': b':mx1.there.example:587|ann|opensesame'}
-        at_587 = {('_587._tcp.' + MX1, 'TLSA'): lambda query, question, via: [
-            dns_message(question, [dns_record(
-                '_587._tcp.' + MX1, 'TLSA', tlsa(3, 1, 1, 'self'))], 0x81A0)]}
-        self.play([
-            self.case('right', over_tls('relay'), right, 'r', self.GOOD,
-                      control=by_name),
-            self.case('wrong', self.looked_at('relay'), wrong, self.NO_MATCH,
-                      control=by_name),
-            self.case('no TLS', TO_EHLO + 'S: 250 fake\nQ:', right,
-                      self.FAILED, control=by_name),
-            self.case('for now unknown', [], [], Like('Z', 'TLSA'),
-                      control=by_name,
-                      overrides={(TLSA1, 'TLSA'): {'rcode': 2}}),
-            self.case('an address that is not signed', over_tls('self'),
-                      wrong, 'r', self.UNCHECKED, control=by_name,
-                      unsigned=[(MX1, 'A')]),
-            self.case('records that are not signed', over_tls('relay'),
-                      wrong, 'r', self.UNCHECKED, control=by_name,
-                      unsigned=[(TLSA1, 'TLSA')]),
-            self.case('an exchanger that is not signed, but is not asked for',
-                      over_tls('relay'), right, 'r', self.GOOD,
-                      control=by_name, unsigned=[(HOST, 'MX')]),
-            self.case('by address', over_tls('relay'), wrong, 'r',
-                      self.UNCHECKED, control=by_address),
-            self.case('a password', with_password, [], 'r', self.GOOD,
-                      control=submission, overrides=at_587)])
+            'S: 235 ok\n' % login) + FROM_MAIL
+        self.rows(*[
+            ('%s %s is not signed' % place[::-1], over_tls('relay'), wrong,
+             unchecked, {'unsigned': [place]})
+            for place in [(HOST, 'MX'), (MX1, 'A'), (TLSA1, 'TLSA')]] + [
+            ('a host without MX', over_tls('relay'), [], good,
+             dict(self.at_port(25), host=MX1)),
+            ('on another port', over_tls('relay'), [], good, dict(
+                self.at_port(2525), control={'smtproutes': b'::2525'})),
+            ('a relay', over_tls('relay'), right, good, by_name),
+            ('a relay, wrong', self.looked_at('relay'), wrong,
+             [self.NO_MATCH], by_name),
+            ('a relay that is not signed', over_tls('self'), wrong,
+             unchecked, dict(by_name, unsigned=[(MX1, 'A')])),
+            ('its records are not', over_tls('relay'), wrong, unchecked,
+             dict(by_name, unsigned=[(TLSA1, 'TLSA')])),
+            ('an exchanger is not, but is not asked for', over_tls('relay'),
+             right, good, dict(by_name, unsigned=[(HOST, 'MX')])),
+            ('a relay by address', over_tls('relay'), wrong, unchecked,
+             {'control': {'smtproutes': b':127.0.0.2:25'}}),
+            ('a relay with a password', with_password, [], good, dict(
+                self.at_port(587, 'self'), control={
+                    'smtproutes':
+                    b':mx1.there.example:587|ann|opensesame'}))])
+
+    @staticmethod
+    def base64(data):
+        return binascii.b2a_base64(data)[:-1].decode()
 
     def test_secure_aliases_of_insecure_names(self):
         """Then the CNAME is asked for by itself, and if that is authentic,
