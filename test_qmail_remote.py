@@ -175,7 +175,7 @@ def run_program(home, *args, message=MESSAGE, stdin=None, env=None,
                        time.monotonic() - start)
 
 
-# ------------------------------------------------------------ Fakes
+# ------------------------------------------------------------ Fakes: DNS
 
 class Mismatch(Exception):
     """The client did not do what the script expects."""
@@ -183,315 +183,6 @@ class Mismatch(Exception):
 
 class Gone(Exception):
     """The connection is over: closed, reset, or the test stops it."""
-
-
-class FakeSMTP:
-    """A scripted SMTP server on loopback, in a thread of its own.
-
-    script is text, or a list of texts, one per connection in order; a
-    connection more or less than that is an error.  Its lines:
-
-      S: text        send text and CRLF
-      s: text        send text with Python's escapes decoded, no CRLF added
-      C: text        expect exactly this line (a final * stands for any rest)
-      D:             read message data up to CRLF.CRLF, into .messages
-      T:             read message data up to the end of the stream, where no
-                     end of data may come, into .messages
-      R: n           read n raw bytes
-      Q:             take an optional QUIT, then the end of the stream
-      flood: text xN send text and CRLF N times
-      fill: text xN  send text N times
-      drip: text     send text and CRLF, one byte each 0.2 seconds
-      sleep 0.3      do nothing for 0.3 seconds
-      hang           stay silent until the client leaves
-      stall          the same with a tiny receive buffer, reading nothing
-      close, reset   end the connection, with FIN or with RST
-
-    Blank lines and lines that start with # are skipped.  The end of the
-    script closes the connection.  After close(), which is also what leaving
-    the with block does, these tell what happened: transcript (readable
-    lines), commands (lines received, as bytes), messages (wire bytes, final
-    dot line taken off), connections (a number), error (None, or the first
-    mismatch).  No wait is longer than LIMIT seconds.
-    """
-
-    LIMIT = 30
-
-    def __init__(self, script='', host='127.0.0.1', port=0):
-        scripts = [script] if isinstance(script, str) else list(script)
-        self._scripts = [self._parse(text) for text in scripts]
-        self.transcript, self.commands, self.messages = [], [], []
-        self.connections, self.error = 0, None
-        self.callers = []
-        self._buffer, self._sock, self._over = b'', None, None
-        family = socket.AF_INET6 if ':' in host else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if any(word == 'stall' for steps in self._scripts
-               for word, _ in steps):
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF,
-                                      2048)
-        try:
-            self._listener.bind((host, port))
-            self._listener.listen(16)
-        except OSError:
-            self._listener.close()
-            raise
-        self.host, self.port = host, self._listener.getsockname()[1]
-        self.address = '%s:%d' % ('[%s]' % host if ':' in host else host,
-                                  self.port)
-        self._wake, self._waker = socket.socketpair()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.daemon = True
-        self._thread.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
-        """Lets a connection that is under way come to its end, then stops.
-        Safe to call twice."""
-        if self._over is None:
-            self._over = time.monotonic()
-            self._waker.send(b'x')
-            self._thread.join(6)
-            for sock in (self._listener, self._wake, self._waker):
-                sock.close()
-            if self.connections < len(self._scripts):
-                self._fail('%d connections instead of %d' % (
-                    self.connections, len(self._scripts)))
-
-    # The thread, and the script.
-
-    def _parse(self, text):
-        steps = []
-        for line in text.splitlines():
-            line = line.lstrip()
-            if line and not line.startswith('#'):
-                word, colon, rest = line.partition(':')
-                if colon:
-                    rest = rest[1:] if rest.startswith(' ') else rest
-                else:
-                    word, _, rest = line.partition(' ')
-                if not hasattr(self, '_do_' + word):
-                    raise ValueError('no such step: ' + line)
-                steps.append((word, rest))
-        return steps
-
-    def _fail(self, text):
-        self.transcript.append('-- ' + text)
-        self.error = self.error or text
-
-    def _serve(self):
-        while True:
-            ready = select.select([self._listener, self._wake], [], [])[0]
-            if self._listener not in ready:
-                return
-            self._sock, caller = self._listener.accept()
-            self.callers.append(caller[0])
-            self._sock.setblocking(False)
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._buffer = b''
-            self.connections += 1
-            if self.connections > 1:
-                self.transcript.append('-- connection %d' % self.connections)
-            try:
-                if self.connections > len(self._scripts):
-                    raise Mismatch('a connection more than expected')
-                for word, rest in self._scripts[self.connections - 1]:
-                    getattr(self, '_do_' + word)(rest)
-            except Gone as e:
-                self.transcript.append('-- %s' % e)
-            except Mismatch as e:
-                self._fail(str(e))
-            except Exception as e:
-                self._fail('fault in the fake: %r' % e)
-            finally:
-                self._sock.close()
-
-    # The only code that touches the connection.
-
-    def _receive(self):
-        """Some bytes; none at the end of the stream."""
-        while True:
-            self._await(read=True)
-            try:
-                return self._sock.recv(65536)
-            except BlockingIOError:
-                continue
-            except OSError as e:
-                raise Gone('lost: %s' % e)
-
-    def _send(self, data):
-        data = memoryview(data)
-        while data:
-            self._await(read=False)
-            try:
-                data = data[self._sock.send(data[:65536]):]
-            except BlockingIOError:
-                continue
-            except OSError as e:
-                raise Gone('lost: %s' % e)
-
-    def _await(self, read):
-        """Waits for the connection, at most LIMIT seconds, or two after the
-        test has ended."""
-        end = time.monotonic() + self.LIMIT
-        wake = [self._wake] if self._over is None else []
-        while time.monotonic() < end:
-            if self._over is not None:
-                wake, end = [], min(end, self._over + 2)
-            r, w, _ = select.select(([self._sock] if read else []) + wake,
-                                    [] if read else [self._sock], [],
-                                    max(0, end - time.monotonic()))
-            if self._sock in r or w:
-                return
-        raise Gone('the test ended' if self._over else 'waited too long')
-
-    def _pause(self, seconds):
-        """Waits; the end of the test cuts it short."""
-        if self._over is None:
-            select.select([self._wake], [], [], seconds)
-
-    # The steps.
-
-    def _line(self):
-        while b'\n' not in self._buffer:
-            data = self._receive()
-            if not data:
-                if self._buffer:
-                    raise Mismatch('half a line at the end of the stream: %r'
-                                   % self._buffer)
-                return None
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b'\n')
-        self.transcript.append('C: ' + line[:-1].decode('utf-8', 'replace'))
-        if line[-1:] != b'\r' or b'\r' in line[:-1]:
-            raise Mismatch('a line that does not end in CRLF: %r' % line)
-        self.commands.append(line[:-1])
-        return line[:-1]
-
-    def _do_S(self, text):
-        self.transcript.append('S: ' + text)
-        self._send(text.encode('utf-8') + b'\r\n')
-
-    def _do_s(self, text):
-        self.transcript.append('s: ' + text)
-        self._send(text.encode('latin-1').decode('unicode_escape')
-                   .encode('latin-1'))
-
-    def _do_C(self, text):
-        line, wanted = self._line(), text.encode('utf-8')
-        if line is None:
-            raise Mismatch('end of the stream instead of %r' % wanted)
-        if wanted.endswith(b'*'):
-            fits = line.startswith(wanted[:-1])
-        else:
-            fits = line == wanted
-        if not fits:
-            raise Mismatch('%r instead of %r' % (line, wanted))
-
-    def _message(self, data, whole=True):
-        self.messages.append(data)
-        self.transcript.append('D: %d bytes' % len(data))
-        if not whole and data.endswith(b'\r'):
-            data += b'\n'               # cut between CR and LF
-        if re.search(b'\r(?!\n)|(?<!\r)\n', data):
-            raise Mismatch('a lone CR or LF in the message')
-
-    def _do_D(self, _):
-        data, self._buffer = bytearray(b'\r\n' + self._buffer), b''
-        seen = 0
-        while True:
-            end = data.find(b'\r\n.\r\n', max(0, seen - 4))
-            if end >= 0:
-                break
-            seen = len(data)
-            more = self._receive()
-            if not more:
-                raise Mismatch('end of the stream in the message')
-            data += more
-        self._buffer = bytes(data[end + 5:])
-        self._message(bytes(data[2:end + 2]))
-
-    def _do_T(self, _):
-        data, self._buffer = bytearray(b'\r\n' + self._buffer), b''
-        try:
-            while True:
-                more = self._receive()
-                if not more:
-                    break
-                data += more
-        except Gone as e:
-            self.transcript.append('-- %s' % e)
-        if b'\r\n.\r\n' in data:
-            raise Mismatch('an end of data that must not come')
-        self._message(bytes(data[2:]), whole=False)
-
-    def _do_R(self, text):
-        while len(self._buffer) < int(text):
-            data = self._receive()
-            if not data:
-                raise Mismatch('end of the stream instead of raw bytes')
-            self._buffer += data
-        self._buffer = self._buffer[int(text):]
-        self.transcript.append('R: %s bytes' % text)
-
-    def _do_Q(self, _):
-        try:
-            line = self._line()
-            if line == b'QUIT':
-                line = self._line()
-        except Gone:
-            return
-        if line is not None:
-            raise Mismatch('%r instead of the end' % line)
-
-    def _do_flood(self, text, end=b'\r\n'):
-        self.transcript.append('S: %s, flooding' % text)
-        text, _, times = text.rpartition(' x')
-        left, unit = int(times), text.encode('utf-8') + end
-        block = max(1, 65536 // len(unit))
-        while left > 0:
-            self._send(unit * min(block, left))
-            left -= block
-
-    def _do_fill(self, text):
-        self._do_flood(text, b'')
-
-    def _do_drip(self, text):
-        self.transcript.append('S: %s, dripping' % text)
-        for byte in text.encode('utf-8') + b'\r\n':
-            self._send(bytes([byte]))
-            self._pause(0.2)
-
-    def _do_sleep(self, text):
-        self.transcript.append('-- sleep ' + text)
-        self._pause(float(text))
-
-    def _do_hang(self, _):
-        self.transcript.append('-- silence')
-        end = time.monotonic() + self.LIMIT
-        while self._over is None and time.monotonic() < end:
-            if not self._receive():
-                raise Gone('the client left')
-
-    def _do_stall(self, _):
-        self.transcript.append('-- reads nothing')
-        self._pause(self.LIMIT)
-
-    def _do_close(self, _):
-        self._sock.close()
-        raise Gone('closed by the server')
-
-    def _do_reset(self, _):
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                              struct.pack('ii', 1, 0))
-        self._sock.close()
-        raise Gone('reset by the server')
 
 
 # DNS on the wire, the little that a fake needs, apart from the program's.
@@ -758,7 +449,7 @@ class FakeDNS:
                 return
 
 
-# ------------------------------------------------------------ Fakes: TLS
+# ------------------------------------------------------------ Fakes: SMTP, TLS
 
 # Certificates made once, for tests alone, valid from 2020 to 2099.  All that
 # the CA has signed are for the key `server`:
@@ -948,7 +639,7 @@ pem_file = PemFiles()
 
 def tls_server(text):
     """(SSLContext of a server, name that must be asked for or None): see
-    FakeTLS.  Raises ssl.SSLError or ValueError if OpenSSL cannot do it."""
+    FakeSMTP.  Raises ssl.SSLError or ValueError if OpenSSL cannot do it."""
     name, *words = text.split()
     context, wanted = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), None
     for word in words:
@@ -985,9 +676,32 @@ def offers_tls13(hello):
     return False
 
 
-class FakeTLS(FakeSMTP):
-    """A FakeSMTP that knows TLS.  More lines for its script:
+class FakeSMTP:
+    """A scripted SMTP server on loopback, in a thread of its own.
 
+    script is text, or a list of texts, one per connection in order; a
+    connection more or less than that is an error.  Its lines:
+
+      S: text        send text and CRLF
+      s: text        send text with Python's escapes decoded, no CRLF added
+      C: text        expect exactly this line (a final * stands for any rest)
+      D:             read message data up to CRLF.CRLF, into .messages
+      T:             read message data up to the end of the stream, where no
+                     end of data may come, into .messages
+      R: n           read n raw bytes
+      Q:             take an optional QUIT, then the end of the stream
+      flood: text xN send text and CRLF N times
+      fill: text xN  send text N times
+      drip: text     send text and CRLF, one byte each 0.2 seconds
+      sleep 0.3      do nothing for 0.3 seconds
+      alone          nothing more may come before the next reply
+      turns n        since the greeting the server must have had to wait for
+                     the client n times
+      narrow         (at the start) a receive window of about 1 KiB, and as
+                     little room for what it sends
+      hang           stay silent until the client leaves
+      stall          the same with a tiny receive buffer, reading nothing
+      close, reset   end the connection, with FIN or with RST
       TLS: name words   the handshake, now, with the certificates name: one
                         or more of PEM, as a+b, or `anonymous`; words are
                         `client` (wants a certificate of the CA), `1.2`
@@ -1002,52 +716,329 @@ class FakeTLS(FakeSMTP):
       drop              read what comes until the end of the stream, in
                         which no SMTP may be
 
-    After TLS the other lines speak through it, raw ones too; close and the
-    end of the script close without a close_notify.
+    Blank lines and lines that start with # are skipped.  The end of the
+    script closes the connection.  After TLS the other lines speak through
+    it; close and the end of the script then come without a close_notify.
+
+    After close(), which is also what leaving the with block does, these
+    tell what happened: transcript (readable lines), commands (lines
+    received, as bytes), messages (wire bytes, final dot line taken off),
+    connections (a number), error (None, or the first mismatch).  No wait is
+    longer than LIMIT seconds.
     """
 
-    _layer = None, None, None, None     # socket, TLS, what came, what goes
+    LIMIT = 30
     context = staticmethod(tls_server)
 
-    def _receive(self):
-        sock, connection, incoming, _ = self._layer
-        if sock is not self._sock:
-            return super()._receive()
-        while True:
+    def __init__(self, script='', host='127.0.0.1', port=0):
+        scripts = [script] if isinstance(script, str) else list(script)
+        self._scripts = [self._parse(text) for text in scripts]
+        self.transcript, self.commands, self.messages = [], [], []
+        self.connections, self.error, self.callers = 0, None, []
+        self._sock, self._over = None, threading.Event()
+        family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        words = {word for steps in self._scripts for word, _ in steps}
+        if 'stall' in words or 'narrow' in words:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF,
+                                      1024 if 'narrow' in words else 2048)
+        if 'narrow' in words:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF,
+                                      1024)
+        try:
+            self._listener.bind((host, port))
+            self._listener.listen(16)
+        except OSError:
+            self._listener.close()
+            raise
+        self.host, self.port = host, self._listener.getsockname()[1]
+        self.address = '%s:%d' % ('[%s]' % host if ':' in host else host,
+                                  self.port)
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Lets a connection that is under way come to its end, for two
+        seconds, then stops.  Safe to call twice."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._waker.send(b'x')
+        self._thread.join(2)
+        if self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+            self._thread.join(4)
+        for sock in (self._listener, self._wake, self._waker):
+            sock.close()
+        if self.connections < len(self._scripts):
+            self._fail('%d connections instead of %d' % (
+                self.connections, len(self._scripts)))
+
+    # The thread, and the script.
+
+    def _parse(self, text):
+        steps = []
+        for line in text.splitlines():
+            line = line.lstrip()
+            if line and not line.startswith('#'):
+                word, colon, rest = line.partition(':')
+                if colon:
+                    rest = rest[1:] if rest.startswith(' ') else rest
+                else:
+                    word, _, rest = line.partition(' ')
+                if not hasattr(self, '_do_' + word):
+                    raise ValueError('no such step: ' + line)
+                steps.append((word, rest))
+        return steps
+
+    def _fail(self, text):
+        self.transcript.append('-- ' + text)
+        self.error = self.error or text
+
+    def _serve(self):
+        while self._listener in select.select([self._listener, self._wake],
+                                              [], [])[0]:
+            self._sock, caller = self._listener.accept()
+            self.callers.append(caller[0])
+            self._sock.settimeout(self.LIMIT)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._buffer, self._turns, self._spoke = b'', 0, False
+            self._tls = self._incoming = self._outgoing = None
+            self.connections += 1
+            if self.connections > 1:
+                self.transcript.append('-- connection %d' % self.connections)
             try:
-                return connection.read(65536)
+                if self.connections > len(self._scripts):
+                    raise Mismatch('a connection more than expected')
+                for word, rest in self._scripts[self.connections - 1]:
+                    getattr(self, '_do_' + word)(rest)
+            except Gone as e:
+                self.transcript.append('-- %s' % e)
+            except Mismatch as e:
+                self._fail(str(e))
+            except Exception as e:
+                self._fail('fault in the fake: %r' % e)
+            finally:
+                self._sock.close()
+
+    # The only code that touches the connection.
+
+    def _receive_raw(self):
+        try:
+            return self._sock.recv(65536)
+        except OSError as e:
+            raise Gone('lost: %s' % e)
+
+    def _send_raw(self, data):
+        try:
+            self._sock.sendall(data)
+        except OSError as e:
+            raise Gone('lost: %s' % e)
+
+    def _receive(self):
+        """Some bytes; none at the end of the stream."""
+        self._turns += self._spoke
+        self._spoke = False
+        while self._tls:
+            try:
+                return self._tls.read(65536)
             except ssl.SSLWantReadError:
                 self._flush()
             except ssl.SSLEOFError:
                 return b''
             except ssl.SSLError as e:
                 raise Gone('TLS: %s' % e)
-            self._more(incoming)
-
-    def _more(self, incoming):
-        """Feeds TLS; says whether there was anything."""
-        data = super()._receive()
-        if data:
-            incoming.write(data)
-        else:
-            incoming.write_eof()
-        return bool(data)
-
-    def _flush(self):
-        data = self._layer[3].read()
-        if data:
-            super()._send(data)
+            self._feed()
+        return self._receive_raw()
 
     def _send(self, data):
-        if self._layer[0] is not self._sock:
-            super()._send(data)
+        self._spoke = True
+        if not self._tls:
+            self._send_raw(data)
             return
         for at in range(0, len(data), 65536):
-            self._layer[1].write(data[at:at + 65536])
+            self._tls.write(data[at:at + 65536])
             self._flush()
 
-    def _begin(self, text):
-        """Everything before the handshake."""
+    def _feed(self):
+        data = self._receive_raw()
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _flush(self):
+        data = self._outgoing.read()
+        if data:
+            self._send_raw(data)
+
+    # The steps.
+
+    def _line(self):
+        while b'\n' not in self._buffer:
+            data = self._receive()
+            if not data:
+                if self._buffer:
+                    raise Mismatch('half a line at the end of the stream: %r'
+                                   % self._buffer)
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b'\n')
+        self.transcript.append('C: ' + line[:-1].decode('utf-8', 'replace'))
+        if line[-1:] != b'\r' or b'\r' in line[:-1]:
+            raise Mismatch('a line that does not end in CRLF: %r' % line)
+        self.commands.append(line[:-1])
+        return line[:-1]
+
+    def _do_S(self, text):
+        self.transcript.append('S: ' + text)
+        self._send(text.encode('utf-8') + b'\r\n')
+
+    def _do_s(self, text):
+        self.transcript.append('s: ' + text)
+        self._send(text.encode('latin-1').decode('unicode_escape')
+                   .encode('latin-1'))
+
+    def _do_C(self, text):
+        line, wanted = self._line(), text.encode('utf-8')
+        if line is None:
+            raise Mismatch('end of the stream instead of %r' % wanted)
+        if line != wanted and not (wanted.endswith(b'*') and
+                                   line.startswith(wanted[:-1])):
+            raise Mismatch('%r instead of %r' % (line, wanted))
+
+    def _message(self, data, whole=True):
+        self.messages.append(data)
+        self.transcript.append('D: %d bytes' % len(data))
+        if not whole and data.endswith(b'\r'):
+            data += b'\n'               # cut between CR and LF
+        if re.search(b'\r(?!\n)|(?<!\r)\n', data):
+            raise Mismatch('a lone CR or LF in the message')
+
+    def _do_D(self, _):
+        data, self._buffer = bytearray(b'\r\n' + self._buffer), b''
+        seen = 0
+        while True:
+            end = data.find(b'\r\n.\r\n', max(0, seen - 4))
+            if end >= 0:
+                break
+            seen = len(data)
+            more = self._receive()
+            if not more:
+                raise Mismatch('end of the stream in the message')
+            data += more
+        self._buffer = bytes(data[end + 5:])
+        self._message(bytes(data[2:end + 2]))
+
+    def _rest(self):
+        """All that comes until the connection is over."""
+        data, self._buffer, more = self._buffer, b'', b'x'
+        try:
+            while more:
+                more = self._receive()
+                data += more
+        except Gone as e:
+            self.transcript.append('-- %s' % e)
+        return data
+
+    def _do_T(self, _):
+        data = self._rest()
+        if b'\r\n.\r\n' in b'\r\n' + data:
+            raise Mismatch('an end of data that must not come')
+        self._message(data, whole=False)
+
+    def _do_drop(self, _):
+        data = self._rest()
+        self.transcript.append('-- dropped %d bytes' % len(data))
+        for word in (b'AUTH', b'MAIL', b'EHLO', b'QUIT'):
+            if word in data:
+                raise Mismatch('%r before TLS' % data)
+
+    def _do_R(self, text):
+        while len(self._buffer) < int(text):
+            data = self._receive()
+            if not data:
+                raise Mismatch('end of the stream instead of raw bytes')
+            self._buffer += data
+        self._buffer = self._buffer[int(text):]
+        self.transcript.append('R: %s bytes' % text)
+
+    def _do_Q(self, _):
+        try:
+            line = self._line()
+            if line == b'QUIT':
+                line = self._line()
+        except Gone:
+            return
+        if line is not None:
+            raise Mismatch('%r instead of the end' % line)
+
+    def _do_flood(self, text, end=b'\r\n'):
+        self.transcript.append('S: %s, flooding' % text)
+        text, _, times = text.rpartition(' x')
+        left, unit = int(times), text.encode('utf-8') + end
+        block = max(1, 65536 // len(unit))
+        while left > 0:
+            self._send(unit * min(block, left))
+            left -= block
+
+    def _do_fill(self, text):
+        self._do_flood(text, b'')
+
+    def _do_drip(self, text):
+        self.transcript.append('S: %s, dripping' % text)
+        for byte in text.encode('utf-8') + b'\r\n':
+            self._send(bytes([byte]))
+            self._over.wait(0.2)
+
+    def _do_sleep(self, text):
+        self.transcript.append('-- sleep ' + text)
+        self._over.wait(float(text))
+
+    def _do_alone(self, _):
+        if self._buffer or select.select([self._sock], [], [], 0.05)[0]:
+            raise Mismatch('more than one command: %r' % (
+                self._buffer or self._receive()))
+
+    def _do_turns(self, text):
+        if self._turns != int(text):
+            raise Mismatch('%d turns instead of %s' % (self._turns, text))
+
+    def _do_narrow(self, _):
+        pass
+
+    def _do_hang(self, _):
+        self.transcript.append('-- silence')
+        while self._receive():
+            pass
+        raise Gone('the client left')
+
+    def _do_stall(self, _):
+        self.transcript.append('-- reads nothing')
+        self._over.wait(self.LIMIT)
+
+    def _do_close(self, _):
+        raise Gone('closed by the server')
+
+    def _do_reset(self, _):
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                              struct.pack('ii', 1, 0))
+        raise Gone('reset by the server')
+
+    # TLS
+
+    def _begin(self, text, hello=b''):
+        """Everything before the handshake: (names asked for, name that
+        must be, TLS)."""
         context, wanted = self.context(text)
         asked = []
 
@@ -1059,23 +1050,23 @@ class FakeTLS(FakeSMTP):
             context.set_servername_callback(name_asked)
         if self._buffer:
             raise Mismatch('%r before the handshake' % self._buffer)
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        return asked, wanted, incoming, outgoing, context.wrap_bio(
-            incoming, outgoing, server_side=True)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming.write(hello)
+        return asked, wanted, context.wrap_bio(
+            self._incoming, self._outgoing, server_side=True)
 
     def _handshake(self, text, hello=b''):
         """The error that it ends with, or None."""
-        asked, wanted, incoming, outgoing, connection = self._begin(text)
-        incoming.write(hello)
+        asked, wanted, connection = self._begin(text, hello)
         self.transcript.append('-- TLS with ' + text)
-        self._layer = self._sock, connection, incoming, outgoing
+        self._tls = connection
         while True:
             try:
                 connection.do_handshake()
                 break
             except ssl.SSLWantReadError:
                 self._flush()
-                self._more(incoming)
+                self._feed()
             except OSError as e:            # SSLError, or the line is lost
                 self._flush()
                 return '%s' % e
@@ -1087,18 +1078,16 @@ class FakeTLS(FakeSMTP):
             raise Mismatch('TLS for %s instead of %s' % (asked, wanted))
         return None
 
-    def _do_TLS(self, text):
-        error = self._handshake(text)
+    def _do_TLS(self, text, hello=b''):
+        error = self._handshake(text, hello)
         if error:
             raise Mismatch('TLS failed: ' + error)
 
     def _do_old(self, text):
-        hello = super()._receive()
+        hello = self._receive()
         if offers_tls13(hello):
             self._do_hang('')
-        error = self._handshake(text, hello)
-        if error:
-            raise Mismatch('TLS failed: ' + error)
+        self._do_TLS(text, hello)
 
     def _do_noTLS(self, text):
         """In TLS 1.3 the client's last word may be too late to see."""
@@ -1112,85 +1101,27 @@ class FakeTLS(FakeSMTP):
             data = b''
         if data:
             raise Mismatch('%r after TLS that had to fail' % data)
-        self.transcript.append('-- no TLS: %s' % error)
-        raise Gone('no TLS')
+        raise Gone('no TLS: %s' % error)
 
     def _do_half(self, text):
-        _, _, incoming, outgoing, connection = self._begin(text)
-        while not outgoing.pending:
+        connection = self._begin(text)[-1]
+        while not self._outgoing.pending:
             try:
-                self._more(incoming)
+                self._feed()
                 connection.do_handshake()
             except ssl.SSLWantReadError:
                 continue
-        data = outgoing.read()
+        data = self._outgoing.read()
         self._send(data[:len(data) // 2])
         raise Gone('closed in the handshake')
 
     def _do_bye(self, _):
         try:
-            self._layer[1].unwrap()
+            self._tls.unwrap()
         except ssl.SSLError:
             pass                            # it wants an answer
         self._flush()
         raise Gone('TLS and connection closed')
-
-    def _do_drop(self, _):
-        data, self._buffer = self._buffer, b''
-        try:
-            while True:
-                more = self._receive()
-                if not more:
-                    break
-                data += more
-        except Gone as e:
-            self.transcript.append('-- %s' % e)
-        self.transcript.append('-- dropped %d bytes' % len(data))
-        for word in (b'AUTH', b'MAIL', b'EHLO', b'QUIT'):
-            if word in data:
-                raise Mismatch('%r before TLS' % data)
-
-
-# ------------------------------------------------------------ Fakes: ESMTP
-
-class FakeESMTP(FakeTLS):
-    """A FakeTLS with more lines for its script:
-
-      alone      nothing more may come before the next reply
-      turns n    since the greeting the server must have had to wait for the
-                 client n times
-      narrow     (at the start) a receive window of about 1 KiB, and as
-                 little room for what it sends
-    """
-
-    def __init__(self, script='', host='127.0.0.1', port=0):
-        super().__init__(script, host, port)
-        self._turns, self._spoke = 0, False
-        if any(word == 'narrow' for steps in self._scripts
-               for word, _ in steps):
-            for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-                self._listener.setsockopt(socket.SOL_SOCKET, option, 1024)
-
-    def _send(self, data):
-        self._spoke = True
-        super()._send(data)
-
-    def _receive(self):
-        self._turns += self._spoke
-        self._spoke = False
-        return super()._receive()
-
-    def _do_alone(self, _):
-        if self._buffer or select.select([self._sock], [], [], 0.05)[0]:
-            raise Mismatch('more than one command: %r' % (
-                self._buffer or self._receive()))
-
-    def _do_turns(self, text):
-        if self._turns != int(text):
-            raise Mismatch('%d turns instead of %s' % (self._turns, text))
-
-    def _do_narrow(self, _):
-        pass
 
 
 # ------------------------------------------------------------ Pure tables
@@ -6563,7 +6494,7 @@ def open_servers(scripts):
         try:
             for host, script in scripts.items():
                 if script is not None:
-                    servers.append(FakeESMTP(script, host, port))
+                    servers.append(FakeSMTP(script, host, port))
                     port = servers[0].port
             return servers, port or 1
         except OSError:
@@ -9109,7 +9040,7 @@ class SpawnTables(Tables):
                 (False, TO_RCPT + refused, True)):
             envelope = qr.Envelope(SENDER.encode(),
                                    [RECIPIENTS[0].encode()])
-            with FakeESMTP(script) as server, self.subTest(script):
+            with FakeSMTP(script) as server, self.subTest(script):
                 context = context_of(
                     tcpto=qr.TcpTo(b'/nonexistent', time.time, 1, qr.wait),
                     connection=qr.Connection, message=None,
@@ -12856,7 +12787,7 @@ class Tickets(unittest.TestCase):
         tlshosts says, other an address for every second delivery."""
         cache, kept = cache or qr.TlsCache(), {}
 
-        class Server(FakeESMTP):
+        class Server(FakeSMTP):
             @staticmethod
             def context(text):
                 return kept.setdefault(text, tls_server(text))
@@ -14685,7 +14616,7 @@ class DnssecTest(unittest.TestCase):
     def mail(self, host, script, address='127.0.0.2', relay=b''):
         """The reports, of a delivery to that address, by MX or by way of a
         relay."""
-        with FakeTLS(script, address) as sink, Home(
+        with FakeSMTP(script, address) as sink, Home(
                 smtproutes=b':%s:%d' % (relay, sink.port),
                 notipme=b'127.0.0.2\n127.0.0.3\n') as home:
             outcome = run_program(
@@ -14864,7 +14795,7 @@ def play(scene):
     """Runs and shows one scene; a list of what went otherwise than planned.
     """
     args = ['there.example', 'ann@here.example', 'bob@there.example']
-    with FakeDNS(DEMO_RECORDS) as dns, FakeTLS(scene.script) as server, \
+    with FakeDNS(DEMO_RECORDS) as dns, FakeSMTP(scene.script) as server, \
             Home(**{name: data.replace(b'PORT', b'%d' % server.port)
                     for name, data in scene.control.items()}) as home:
         show('Command', [
