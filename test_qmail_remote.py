@@ -7230,8 +7230,6 @@ class Authentication(Dialogues):
                  'Remote host said: 535-5.7.8 no\n535 ***\n', most=130),
             secrets=self.secrets + [self.plain64[:cut]])
                   for method, steps, echo in [
-            ('PLAIN', self.plain, self.plain64),
-            ('PLAIN', self.plain, self.plain64.rstrip('=')),
             ('PLAIN', self.plain, self.plain64[:cut]),
             ('PLAIN', self.plain, self.plain64[-6:]),
             ('LOGIN', self.login_pass, 'joe-user / sec|ret:w\u00f6rd'),
@@ -7403,30 +7401,11 @@ class Messages(Dialogues):
             ('no final newline through a pipe', TO_MESSAGE + 'T:',
              ['r', PARTIAL], None, {'stdin': piped(b'a\nb')}),
             ('a dot without newline, pipelined', PIPED + FLIGHT + says(*OK)
-             + 'T:', ['r', PARTIAL], None, {'stdin': piped(b'a\n.')})])
-
-    def test_unreadable(self):
-        """A failing fd 0 never becomes an end of data."""
-        before_the_dot = ['S: 220 fake\nC: *\nS: 250 fake\nC: MAIL*\n'
-                          'S: 250 ok\nC: RCPT*\nS: 250 ok\nC: DATA\n'
-                          'S: 354 go\nT:']
-        for title, path, mode in [
-                ('an I/O error', '/proc/self/mem', os.O_RDONLY),
-                ('write-only', os.devnull, os.O_WRONLY)]:
-            with self.subTest(title), \
-                    FakeSMTP(before_the_dot) as server, \
-                    Home(smtproutes=b':' + server.address.encode()) as home:
-                try:
-                    fd = os.open(path, mode)
-                except OSError as e:
-                    self.skipTest(str(e))
-                try:
-                    outcome = run_program(home, HOST, SENDER, RECIPIENTS[0],
-                                          stdin=fd)
-                finally:
-                    os.close(fd)
-                self.assertEqual(outcome.reports[-1], NO_MESSAGE.encode())
-                self.assertEqual((outcome.status, outcome.stderr), (0, b''))
+             + 'T:', ['r', PARTIAL], None, {'stdin': piped(b'a\n.')}),
+            ('an I/O error', TO_MESSAGE + 'T:', ['r', NO_MESSAGE], None, {
+                'stdin': lambda: os.open('/proc/self/mem', os.O_RDONLY)}),
+            ('write-only', TO_MESSAGE + 'T:', ['r', NO_MESSAGE], None, {
+                'stdin': lambda: os.open(os.devnull, os.O_WRONLY)})])
 
 
 class Addresses(Dialogues):
@@ -7499,7 +7478,7 @@ class Exchangers(Dialogues):
                  ('a.example', 'A'): ['127.0.0.2'],
                  ('b.example', 'A'): ['127.0.0.3'],
                  ('c.example', 'A'): ['127.0.0.4']}
-        mx, a2 = (HOST, 'MX'), {(HOST, 'A'): ['127.0.0.2']}
+        a2 = {(HOST, 'A'): ['127.0.0.2']}
         one, k2 = {'127.0.0.2': ACCEPT}, ACCEPTED.replace(IP, '127.0.0.2')
         self.play([row('by preference', {
             '127.0.0.2': [], '127.0.0.3': [], '127.0.0.4': ACCEPT}, 'r',
@@ -7507,16 +7486,6 @@ class Exchangers(Dialogues):
         self.play(row(title, one, 'r', k2, records=records, **options)
                   for title, records, options in [
             ('no MX: A', a2, dict(host='THERE.Example.')),
-            ('host is an alias', {
-                (HOST, 'CNAME'): ['real.example'],
-                ('real.example', 'MX'): [(1, 'mx.example')],
-                ('mx.example', 'A'): ['127.0.0.2']}, {}),
-            ('an exchanger is an alias, another one fails for now', {
-                mx: [(0, 'fails.example'), (1, 'mx.example')],
-                ('fails.example', 'TXT'): [],
-                ('mx.example', 'CNAME'): ['real.example'],
-                ('real.example', 'A'): ['127.0.0.2']}, dict(
-                    overrides={('fails.example', '*'): {'rcode': 2}})),
             ('a truncated answer: TCP', a2, dict(
                 overrides={(HOST, '*'): {'truncate': True}})),
             ('forged answers, then the real one', a2, dict(
@@ -8362,40 +8331,27 @@ class OutgoingAddress(Tables):
 
     def test_the_file(self):
         four, six = socket.AF_INET, socket.AF_INET6
-
-        def parse(data):
-            try:
-                return qr.parse_outgoing(data)
-            except qr.LocalFault as fault:
-                return fault.report
         for data, wanted in (
-                (None, {}), (b'', {}), (b'# none\n\n', {}),
-                (b'192.0.2.1\n', {four: b'192.0.2.1'}),
+                (None, {}), (b'# none\n\n', {}),
                 (b'[192.0.2.1] \n2001:DB8::0:1',
                  {four: b'192.0.2.1', six: b'2001:db8::1'}),
-                (b'[2001:db8::1]', {six: b'2001:db8::1'}),
-                (b'192.0.2.1/24', self.problem('192.0.2.1/24', 'no IP addr'
-                                               'ess')),
-                (b'192.0.2.\n', self.problem('192.0.2.', 'no IP address')),
-                (b'host\x1b.example\n',
-                 self.problem('host?.example', 'no IP address')),
-                (b'192.0.2.1\n192.0.2.2\n',
-                 self.problem('192.0.2.2', 'one of each kind is enough')),
-                (b'::1\n::2\n',
-                 self.problem('::2', 'one of each kind is enough'))):
-            self.check(wanted, parse, data)
+                (b'192.0.2.1/24', self.problem('192.0.2.1/24')),
+                (b'host\x1b.example\n', self.problem('host?.example')),
+                (b'192.0.2.1\n192.0.2.2\n', self.problem(
+                    '192.0.2.2', 'one of each kind is enough'))):
+            self.check(wanted, qr.parse_outgoing, data)
 
-    def problem(self, address, why):
+    def problem(self, address, why='no IP address'):
         return ('ZI cannot send from %s, which is in control/outgoingip: %s. '
                 '(#4.3.0)\n' % (address, why)).encode()
 
-    def run_from(self, source):
-        """(the Outcome, who connected)."""
-        with FakeSMTP('S: 550 no\nQ:') as server, \
+    def run_from(self, source, host=IP):
+        """(the reports, who connected)"""
+        with FakeSMTP('S: 550 no\nQ:', host) as server, \
                 Home(smtproutes=b':' + server.address.encode(),
                      outgoingip=source) as home:
             outcome = run_program(home, 'x.example', '', 'r@x.example')
-            return outcome, server.callers
+            return outcome.reports, server.callers
 
     def test_is_where_connections_come_from(self):
         for source in b'127.0.0.77', b'127.0.0.78\n::1':
@@ -8403,35 +8359,25 @@ class OutgoingAddress(Tables):
             self.assertEqual([source.split(b'\n')[0].decode()], callers)
         _, callers = self.run_from(b'2001:db8::1')      # not asked for
         self.assertEqual(['127.0.0.1'], callers)
-
-    def test_of_its_own_family(self):
-        if not has_ipv6():
-            self.skipTest('no IPv6')
-        with FakeSMTP('S: 550 no\nQ:', host='::1') as server, \
-                Home(smtproutes=b':' + server.address.encode(),
-                     outgoingip=b'127.0.0.77\n::1\n') as home:
-            run_program(home, 'x.example', '', 'r@x.example')
-        self.assertEqual(['::1'], server.callers)
+        if HAS_IPV6:
+            _, callers = self.run_from(b'127.0.0.77\n::1\n', '::1')
+            self.assertEqual(['::1'], callers)
 
     def test_no_descriptor_to_check_it(self):
         """This host's trouble, and no word about a server."""
         with FakeSMTP('hang') as server:
-            port = int(server.address.rpartition(':')[2])
             for left in 0, 1:
                 with descriptors_left(left):
                     self.check(qr.NO_RESOURCES, qr.connect, b'127.0.0.1',
-                               port, 5, b'127.0.0.77')
+                               server.port, 5, b'127.0.0.77')
 
     def test_not_ours_or_no_address(self):
         """Deferred, and nobody is called; the report names the address."""
         for source, why in ((FOREIGN, 'not an address of this host'),
                             (b'224.0.0.1', 'not an address of this host'),
                             (b'one', 'no IP address')):
-            with self.subTest(source):
-                outcome, callers = self.run_from(source)
-                self.assertEqual([], callers)
-                self.assertEqual([self.problem(source.decode(), why)],
-                                 outcome.reports)
+            self.assertEqual(([self.problem(source.decode(), why)], []),
+                             self.run_from(source))
 
 
 # ------------------------------------------------------------ Fault matrix
@@ -11058,17 +11004,6 @@ class Survey(Tables):
              b'Remote host said: 550 no\n', True),
             (result.report, result.try_next))
         self.assertEqual(hello + b'MAIL ', sent)
-
-    def test_a_334_too_many(self):
-        """The dialogue is called off, so that QUIT is no answer in it."""
-        wait, plain = BlockingIOError(), b'AHUAcA=='
-        session = self.session([wait, b'334 \r\n', wait, b'334 \r\n'], [],
-                               offered=[b'PLAIN'])
-        self.check(qr.AUTH_REJECTED % (b'127.0.0.2', b'plain') +
-                   b'Remote host said: 334 \n',
-                   lambda: session.authenticate().report)
-        self.assertEqual(b'AUTH PLAIN %s\r\n%s\r\n*\r\nQUIT\r\n' % (
-            plain, plain), session.dialogue.connection.sock.data)
 
     def test_no_password_without_verified_tls(self):
         """The last guard, whatever choose_tls() may have made of it."""
@@ -15036,8 +14971,8 @@ def bench():
 # ------------------------------------------------------------ All tests
 
 # Those that take longest go first, so that none of them is left over.
-LONGEST = ('Spawn', 'Process', 'Tls', 'InQmail', 'Pipelining', 'EximTest',
-           'Waiting', 'Fuzzing', 'Start', 'Replies')
+LONGEST = ('Spawn', 'InQmail', 'Process', 'Matrix', 'Start', 'EximTest',
+           'Fuzzing', 'Tls', 'Replies', 'Pipelining')
 
 
 def check_some(names, numbers, folder):
