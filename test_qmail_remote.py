@@ -288,11 +288,9 @@ class FakeDNS:
         self._open(host, port, tcp)
         self.dns = '%s:%d' % ('[%s]' % host if ':' in host else host,
                               self.port)
-        self._wake, self._waker = socket.socketpair()
-        self._streams, self._later = {}, []
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.daemon = True
-        self._thread.start()
+        self._over = False
+        for serve in (self._datagrams, self._connections)[:1 + tcp]:
+            threading.Thread(target=serve, daemon=True).start()
 
     def _open(self, host, port, tcp):
         """A UDP and a TCP socket with the same port."""
@@ -328,13 +326,13 @@ class FakeDNS:
 
     def close(self):
         """Stops at once.  Safe to call twice."""
-        if self._waker.fileno() >= 0:
-            self._waker.send(b'x')
-            self._thread.join(5)
-            for sock in [self._udp, self._tcp, self._wake, self._waker,
-                         *self._streams]:
-                if sock is not None:
-                    sock.close()
+        if not self._over:
+            self._over = True
+            self._udp.sendto(b'', self._udp.getsockname())
+            if self._tcp:
+                with contextlib.suppress(OSError):
+                    self._tcp.shutdown(socket.SHUT_RDWR)
+                self._tcp.close()
 
     def ordinary(self, question, via='udp', rcode=None, truncate=False,
                  ad=None):
@@ -364,6 +362,13 @@ class FakeDNS:
     def _answer(self, query, via):
         """(delay, replies) to one query."""
         try:
+            return self._replies(query, via)
+        except Exception as e:
+            self.error = self.error or 'fault in the fake: %r' % e
+            return 0, []
+
+    def _replies(self, query, via):
+        try:
             question = dns_parse(query)
         except (IndexError, struct.error):
             self.error = self.error or 'not a question: %r' % query
@@ -381,72 +386,47 @@ class FakeDNS:
             return 0, []
         return delay, [self.ordinary(question, via, **what)]
 
-    def _serve(self):
-        while True:
-            now = time.monotonic()
-            due = [job for job in self._later if job[0] <= now]
-            self._later = [job for job in self._later if job[0] > now]
-            for _, send, replies in due:
-                self._deliver(send, replies)
-            wait = min([job[0] for job in self._later] or [now + 60]) - now
-            waiting = [self._udp, self._wake] + list(self._streams)
-            if self._tcp:
-                waiting.append(self._tcp)
-            for sock in select.select(waiting, [], [], max(0, wait))[0]:
-                if sock is self._wake:
+    def _datagrams(self):
+        with self._udp:
+            while True:
+                query, peer = self._udp.recvfrom(65535)
+                if self._over:
                     return
-                try:
-                    self._ready(sock)
-                except Exception as e:
-                    self.error = self.error or 'fault in the fake: %r' % e
+                delay, replies = self._answer(query, 'udp')
+                if delay:
+                    threading.Thread(target=self._send, daemon=True, args=(
+                        replies, peer, delay)).start()
+                else:
+                    self._send(replies, peer)
 
-    def _ready(self, sock):
-        if sock is self._udp:
-            query, peer = sock.recvfrom(65535)
-            delay, replies = self._answer(query, 'udp')
-            self._later.append((
-                time.monotonic() + delay,
-                lambda reply: self._udp.sendto(reply, peer), replies))
-        elif sock is self._tcp:
-            self._streams[sock.accept()[0]] = b''
-        else:
-            self._read_stream(sock)
+    def _send(self, replies, peer, delay=0):
+        time.sleep(delay)
+        with contextlib.suppress(OSError):      # closed, or too long
+            for reply in replies:
+                self._udp.sendto(reply, peer)
 
-    def _read_stream(self, sock):
-        try:
-            data = sock.recv(65536)
-        except OSError:
-            data = b''
-        if not data:
-            del self._streams[sock]
-            sock.close()
-            return
-        buffered = self._streams[sock] + data
+    def _connections(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._connection, daemon=True, args=(
+                    self._tcp.accept()[0],)).start()
 
-        def send(reply):
-            if reply is None:
-                self._streams.pop(sock, None)
-                sock.close()
-            elif isinstance(reply, Unframed):
-                sock.sendall(reply)
-            else:
-                sock.sendall(struct.pack('!H', len(reply)) + reply)
-
-        while len(buffered) >= 2:
-            size = 2 + struct.unpack('!H', buffered[:2])[0]
-            if len(buffered) < size:
-                break
-            delay, replies = self._answer(buffered[2:size], 'tcp')
-            self._later.append((time.monotonic() + delay, send, replies))
-            buffered = buffered[size:]
-        self._streams[sock] = buffered
-
-    def _deliver(self, send, replies):
-        for reply in replies:
-            try:
-                send(reply)
-            except OSError:
-                return
+    def _connection(self, sock):
+        with contextlib.suppress(OSError), sock, \
+                sock.makefile('rb') as stream:
+            while True:
+                size = stream.read(2)
+                if len(size) < 2:
+                    return
+                delay, replies = self._answer(
+                    stream.read(struct.unpack('!H', size)[0]), 'tcp')
+                time.sleep(delay)
+                for reply in replies:
+                    if reply is None:
+                        return
+                    if not isinstance(reply, Unframed):
+                        reply = struct.pack('!H', len(reply)) + reply
+                    sock.sendall(reply)
 
 
 # ------------------------------------------------------------ Fakes: SMTP, TLS
