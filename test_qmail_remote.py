@@ -7261,10 +7261,10 @@ class Authentication(Dialogues):
                     IP.encode(), b'relay.example')}),
             self.row('no MD5: the next method', 'AUTH CRAM-MD5 PLAIN',
                      self.plain + 'S: 235 welcome\n' + FROM_MAIL, 'r',
-                     ACCEPTED, command=python(NO_MD5)),
+                     ACCEPTED, command=python(WITHOUT % 'hmac')),
             self.row('no MD5, and no other method', 'AUTH CRAM-MD5', MAIL
                      + 'S: 550 no\nQ:', 'Z' + SENDER_NO % '550 no' + NO_AUTH,
-                     command=python(NO_MD5))])
+                     command=python(WITHOUT % 'hmac'))])
 
     def test_a_line_without_a_password_bounces_nothing(self):
         """Nor one without a user; but where DNS has chosen the host, no
@@ -7638,6 +7638,47 @@ class Tcpto(unittest.TestCase):
 
 
 # ------------------------------------------ The process from outside
+
+# The program without a module: ssl, or hmac, which has no MD5 then (FIPS).
+WITHOUT = '''
+import runpy, sys
+sys.modules[%r] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+# The program with arguments that raise an error.
+TROUBLE = '''
+import sys
+class Arguments(list):
+    def __getitem__(self, which):
+        if which == 0:
+            return 'qmail-remote'
+        raise %s
+path, sys.argv = sys.argv[1], Arguments()
+with open(path, encoding='utf-8') as f:
+    code = compile(f.read(), path, 'exec')
+exec(code, {'__name__': '__main__'})
+'''
+# Which of fds 0-2 the program found closed; all three are open then.
+CLOSED = '''
+import os, runpy, sys
+closed = runpy.run_path(sys.argv[1])['fill_descriptors']()
+for fd in range(3):
+    os.fstat(fd)
+os._exit(10 + sum(1 << fd for fd in closed))
+'''
+# Whether something written to fd 2 is seen once the program has begun.
+SEEN = '''
+import os, runpy, sys
+runpy.run_path(sys.argv[1])['fill_descriptors']()
+os.write(2, b'seen')
+'''
+
+
+def python(code):
+    """The command that runs this code with the program as its argument."""
+    return [sys.executable, '-IS', '-c', code, PROGRAM]
+
 
 def bin_with_python3():
     """A directory for $PATH where python3 is the Python of this run."""
@@ -8338,7 +8379,7 @@ class OutgoingAddress(Tables):
                              self.run_from(source))
 
 
-# ------------------------------------------------------------ Fault matrix
+# ------------------------------------- DNS: what answers may cost
 
 def bound(servers=1, replies=4, recipients=1, parts=1, seconds=5, connect=5,
           dns=0):
@@ -11835,54 +11876,6 @@ except qr.LocalFault as fault:
     result = qr.Result(fault.report)
 qr.write_output(qr.output_of(result))
 '''
-# The program without an ssl module.
-NO_SSL = '''
-import runpy, sys
-sys.modules['ssl'] = sys.modules['_ssl'] = None
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name='__main__')
-'''
-
-# The program without MD5 (FIPS), and with arguments that raise an error.
-NO_MD5 = '''
-import runpy, sys
-sys.modules['hmac'] = None
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name='__main__')
-'''
-TROUBLE = '''
-import sys
-class Arguments(list):
-    def __getitem__(self, which):
-        if which == 0:
-            return 'qmail-remote'
-        raise %s
-path, sys.argv = sys.argv[1], Arguments()
-with open(path, encoding='utf-8') as f:
-    code = compile(f.read(), path, 'exec')
-exec(code, {'__name__': '__main__'})
-'''
-# Which of fds 0-2 the program found closed; all three are open then.
-CLOSED = '''
-import os, runpy, sys
-closed = runpy.run_path(sys.argv[1])['fill_descriptors']()
-for fd in range(3):
-    os.fstat(fd)
-os._exit(10 + sum(1 << fd for fd in closed))
-'''
-# Whether something written to fd 2 is seen once the program has begun.
-SEEN = '''
-import os, runpy, sys
-runpy.run_path(sys.argv[1])['fill_descriptors']()
-os.write(2, b'seen')
-'''
-
-
-def python(code):
-    """The command that runs this code with the program as its argument."""
-    return [sys.executable, '-IS', '-c', code, PROGRAM]
-
-
 START = ASK + 'S: 220 go\n'
 EHLO_AGAIN = 'C: EHLO me.example\n'
 
@@ -12381,7 +12374,7 @@ class Tls(Dialogues):
         self.play([
             row('in the clear', IN_CLEAR, 'r',
                 ACCEPTED + 'TLS failed: this Python has no ssl module, '
-                'sent in the clear\n', command=python(NO_SSL)),
+                'sent in the clear\n', command=python(WITHOUT % 'ssl')),
             row('in the clear, refused', OFFER + MAIL
                 + 'S: 554 5.7.1 no\nQ:', 'Z' + SENDER_NO % '554 5.7.1 no'
                 + 'TLS failed: this Python has no ssl module\n',
