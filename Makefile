@@ -82,15 +82,24 @@ AS_QMAILR = import os, sys; uid, gid = map(int, sys.argv[1:3]); \
 	os.chdir("/"); os.setgroups([gid]); os.setgid(gid); os.setuid(uid); \
 	os.execve(sys.argv[3], sys.argv[3:], {})
 
-# What qmailr has to reach in control, beside the files that each delivery
-# reads before anything else.
-TLS_FILES = refuse() { echo "qmailr cannot read control/$$1"; exit 1; }; \
-	absent() { [ ! -e "$$1" ] && [ ! -L "$$1" ]; }; \
-	cd "$$0/control" || exit 1; for f in tlshosts notlshosts; do \
-	    [ -x $$f/. ] || absent $$f || refuse $$f; done; \
-	for f in clientcert.pem tlsclientciphers tlshosts/*.pem \
-	    notlshosts/*; do { [ -f "$$f" ] && [ -r "$$f" ]; } || absent "$$f" || \
-	    refuse "$$f"; done
+# Reads the files for TLS as deliveries do, and gives them to OpenSSL if this
+# Python has it.  Each name is printed first: the last one is to blame if this
+# fails.  Arguments: the directory of the program, then each file in tlshosts
+# and notlshosts.
+TLS_FILES = import os, sys; sys.path.insert(0, sys.argv[1]); \
+	import qmail_remote as q; q.enter_home(); Policy = q.TlsPolicy; \
+	usual = Policy(Policy.IF_OFFERED, None), Policy(Policy.SYSTEM, None); \
+	read = lambda name: os.write(1, name + b"\n") and \
+	    q.read_control_file(name); \
+	use = lambda control, *policies: q.trust_store() and \
+	    [q.tls_context(policy, control) for policy in policies]; \
+	ciphers = q.first_line(read(b"tlsclientciphers") or b""); \
+	use(q.TlsControl(None, False, None, ciphers), *usual); \
+	read(b"clientcert.pem"); control = q.read_tls_defaults(); \
+	use(control, *usual); \
+	[use(control, Policy(Policy.FILE, data)) \
+	    for name in map(os.fsencode, sys.argv[2:]) for data in [read(name)] \
+	    if name.startswith(b"tlshosts/") and data is not None]
 
 # Prints the qmail home that a file names.
 HOME_IN = sed -n "s/^QMAIL_HOME = b*\"\(.*\)\".*/\1/p"
@@ -157,8 +166,9 @@ INSTALL = umask 022; root='$(DESTDIR)'; lib='$(LIBDIR)'; bin='$(BINDIR)'; \
 	        tr -d '\000' | sed 's/^Z//'); \
 	    case $$said in "DSorry, that sender address "*) ;; \
 	    *) refuse "As qmailr a delivery would say: $$said" ;; esac; \
-	    said=$$(try /bin/sh -c '$(TLS_FILES)' "$$home") || \
-	        refuse "$$said"; \
+	    said=$$(cd "$$home/control" && try "$$python" -IBSc '$(TLS_FILES)' \
+	        "$$new" tlshosts/*.pem notlshosts/*) || refuse "As qmailr a \
+	delivery cannot use control/$$(echo "$$said" | sed -n '$$p')"; \
 	fi; \
 	case $$used in *qmail-rspawn*) [ '$(DESTDIR)' ] || { \
 	    ln -s qmail_remote.py "$$new/qmail-rspawn"; \

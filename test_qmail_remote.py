@@ -10332,9 +10332,19 @@ class InQmail(unittest.TestCase):
                 ('install-qmail-rspawn', 'smtproutes', b':x:66000',
                  'Unable to read control'),
                 ('install-qmail', 'tlshosts/x.pem', '/nonexistent/x',
-                 'cannot read control/tlshosts/x.pem'),
+                 'cannot use control/tlshosts/x.pem'),
+                ('install-qmail', 'tlshosts/a.example.pem', b'junk',
+                 'cannot use control/tlshosts/a.example.pem'),
+                ('install-qmail', 'notlshosts/b.example', b'\xef\xbb\xbf',
+                 'cannot use control/notlshosts/b.example'),
+                ('install-qmail', 'tlsclientciphers', b'\xef\xbb\xbfHIGH',
+                 'cannot use control/tlsclientciphers'),
+                ('install-qmail-rspawn', 'tlsclientciphers', b'NOSUCHCIPHER',
+                 'cannot use control/tlsclientciphers'),
+                ('install-qmail', 'clientcert.pem', pem('client').encode(),
+                 'cannot use control/clientcert.pem'),
                 ('install-qmail', 'clientcert.pem', 0o600,
-                 'cannot read control/clientcert.pem'),
+                 'cannot use control/clientcert.pem'),
                 ('install-qmail', 'authsenders', 0o600,
                  'Unable to read control')):
             with self.subTest(name):
@@ -10350,9 +10360,10 @@ class InQmail(unittest.TestCase):
                 self.refused(why, target)
                 os.unlink(control + name)
         if not os.getuid():
-            os.mkdir(control + 'notlshosts', 0o700)
-            self.refused('cannot read control/notlshosts', 'install-qmail')
-            os.rmdir(control + 'notlshosts')
+            for name in 'tlshosts/', 'notlshosts/':
+                os.chmod(control + name, 0o700)
+                self.refused('cannot use control/' + name, 'install-qmail')
+                os.rmdir(control + name)
         os.unlink(control + 'me')
         self.refused('Unable to read control', 'install-qmail')
         self.write(control + 'me', ME)
@@ -10364,6 +10375,36 @@ class InQmail(unittest.TestCase):
         self.refused('does not start', 'install-qmail-rspawn')
         shutil.rmtree(self.path('home/bin'))
         self.refused('There is no ', 'install-qmail')
+
+    def test_good_tls_files(self):
+        """They are no reason to refuse.  Nor is what a delivery never reads:
+        another name in tlshosts, and, where Python has no ssl, what is in
+        them."""
+        for name, data in (
+                ('tlshosts/a.example.pem', pem('ca').encode()),
+                ('tlshosts/b \xe9.pem', pem('self+ca').encode()),
+                ('tlshosts/README', b'\xef\xbb\xbf'),
+                ('notlshosts/c.example', b'junk'),
+                ('tlsclientciphers', b'HIGH:@SECLEVEL=0 \n'),
+                ('clientcert.pem', pem('client', key=True).encode())):
+            self.write('home/control/' + name, data)
+        # qmailr may enter it, but not list it.
+        os.chmod(self.path('home/control/tlshosts'), 0o711)
+        for program in 'make', 'bmake':
+            self.good('install-qmail', program=program)
+        self.write('home/control/clientcert.pem', b'junk')
+        self.write('tools/no_ssl', b'''#!/bin/sh
+case $2 in *sys.executable*) echo %b; exit ;; esac
+[ "$1" = -IBSc ] || exec %b "$@"
+shift
+exec %b -IBSc 'import sys; sys.modules["ssl"] = None; exec(sys.argv.pop(1))' \
+    "$@"
+''' % (self.path('tools/no_ssl').encode(), *[self.python.encode()] * 2), 0o755)
+        self.refused('cannot use control/clientcert.pem', 'install')
+        self.good('install', 'PYTHON=' + self.path('tools/no_ssl'))
+        self.write('home/control/tlsclientciphers', b'\xef\xbb\xbf')
+        self.refused('cannot use control/tlsclientciphers', 'install',
+                     'PYTHON=' + self.path('tools/no_ssl'))
 
     def test_what_is_saved(self):
         """The saved program is never written over, and ours is never saved,
