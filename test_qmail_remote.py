@@ -22,6 +22,7 @@ import hmac
 import importlib.util
 import io
 import itertools
+import json
 import os
 import platform
 import pty
@@ -14909,19 +14910,23 @@ LONGEST = ('Spawn', 'InQmail', 'Process', 'Matrix', 'Start', 'EximTest',
 def check_some(names, numbers, folder):
     """The share of one process: the classes whose numbers, a byte each, it
     gets from a pipe.  For each it leaves a file in folder: how many tests
-    it ran and skipped, and what went wrong."""
+    it ran, which it skipped and why, and what went wrong."""
     atexit._clear()             # the parent's
     for number in iter(lambda: os.read(numbers, 1), b''):
         name, said = names[number[0]], io.StringIO()
         suite = unittest.defaultTestLoader.loadTestsFromName(
             name, sys.modules[__name__])
         ran = suite.countTestCases()    # testsRun of 3.12.1 lacks skipped ones
-        result = unittest.TextTestRunner(said, verbosity=0).run(suite)
-        sys.stderr.write('.' if result.wasSuccessful() else 'F')
+        skipped, good = [], False
+        try:
+            result = unittest.TextTestRunner(said, verbosity=0).run(suite)
+            skipped, good = result.skipped, result.wasSuccessful()
+        except BaseException:           # unittest lets KeyboardInterrupt pass
+            traceback.print_exc(file=said)
+        os.write(2, b'.' if good else b'F')
         with open(os.path.join(folder, name), 'w') as f:
-            f.write('%d %d\n' % (ran, len(result.skipped)))
-            if not result.wasSuccessful():
-                f.write(said.getvalue())
+            json.dump([ran, [[test.id(), why] for test, why in skipped],
+                       '' if good else said.getvalue()], f)
     atexit._run_exitfuncs()     # our own; os._exit() would not
 
 
@@ -14967,22 +14972,27 @@ def check():
                 for _ in range(min(4, os.cpu_count() or 1))]
     for child in children:
         os.waitpid(child, 0)
-    ran, skipped, bad = 0, 0, []
+    total, reasons, bad = 0, collections.defaultdict(list), []
     for name in names:
         try:
             with open(os.path.join(folder, name)) as f:
-                counts, text = f.readline().split(), f.read()
+                ran, skipped, text = json.load(f)
         except OSError:
-            counts, text = (0, 0), 'not finished\n'
-        ran, skipped = ran + int(counts[0]), skipped + int(counts[1])
+            ran, skipped, text = 0, [], 'not finished\n'
+        total += ran
+        for test, why in skipped:
+            reasons[why].append(test.replace(__name__ + '.', ''))
         if text:
             bad.append(name)
             print('\n%s\n%s' % (name, text), file=sys.stderr)
     shutil.rmtree(folder)
-    print('\n%d tests in %.0f seconds, %d skipped: %s' % (
-        ran, time.monotonic() - start, skipped,
+    print(file=sys.stderr)
+    for why, tests in sorted(reasons.items()):
+        print('skipped, %s: %s' % (why, ', '.join(tests)), file=sys.stderr)
+    print('%d tests in %.0f seconds, %d skipped: %s' % (
+        total, time.monotonic() - start, sum(map(len, reasons.values())),
         'FAILED: ' + ' '.join(bad) if bad else 'OK'), file=sys.stderr)
-    return bool(ran) and not bad
+    return bool(total) and not bad
 
 
 if __name__ == '__main__':
