@@ -13,6 +13,7 @@ help:
 	@echo 'make demo       deliveries shown step by step: no root, no'
 	@echo '                network, no qmail needed'
 	@echo 'make check      all tests'
+	@echo 'make coverage   all tests, and what they miss; needs coverage.py'
 	@echo 'make fuzz       random servers, DNS answers, messages, files;'
 	@echo '                SECONDS=600 SEED=7'
 	@echo 'make bench      figures; PEER=/var/qmail/bin/qmail-remote adds'
@@ -36,6 +37,10 @@ help:
 # -B: leave no __pycache__.
 check:
 	@$(PYTHON) -B test_qmail_remote.py check
+
+# Lines and branches of the program that the tests reach, in all processes.
+coverage:
+	@$(PYTHON) -B test_qmail_remote.py coverage
 
 demo:
 	@$(PYTHON) -B test_qmail_remote.py demo
@@ -297,5 +302,5 @@ clean:
 	rm -rf __pycache__ qmail-remote.8 qmail-remote.8.new deb.new
 	rm -f qmail-remote-py_*_all.deb
 
-.PHONY: help check demo fuzz bench install install-qmail \
+.PHONY: help check coverage demo fuzz bench install install-qmail \
 	install-qmail-rspawn uninstall deb clean
