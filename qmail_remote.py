@@ -2207,7 +2207,7 @@ def limit_protocols(context, weak, tls12):
     import ssl
     if weak:
         context.options |= OP_LEGACY_SERVER_CONNECT
-    if hasattr(context, 'minimum_version'):     # since Python 3.7
+    if hasattr(context, 'minimum_version'):     # novm: not in Python 3.6
         if weak:
             context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
         elif context.minimum_version < ssl.TLSVersion.TLSv1_2:

@@ -3457,7 +3457,8 @@ for address in sys.argv[2:]:
             self.skipTest('no network namespace with a veth')
         for nonlocal_bind in '0', '1':
             output = subprocess.check_output(
-                enter + [commands, sys.executable, nonlocal_bind] + ours + theirs,
+                enter + [commands, sys.executable, nonlocal_bind]
+                + ours + theirs,
                 env=dict(os.environ, PYTHONPATH=os.path.dirname(
                     os.path.abspath(qr.__file__)),
                     PYTHONDONTWRITEBYTECODE='1'))
@@ -4585,7 +4586,7 @@ class SmtpTables(Tables):
         for text in (b'YQ', b'YQ=', b'YQ===', b'Y', b'=', b'Y Q==', b'YQ==x',
                      b'Y*Q==', b'YR==', b'YWJj\nYWJj', b'?', b'\xff\xff',
                      b'YQ==YQ=='):
-            self.check(ValueError, lambda text: self.value_error(text), text)
+            self.check(ValueError, self.value_error, text)
 
     @staticmethod
     def value_error(text):
@@ -8830,8 +8831,7 @@ class SpawnTables(Tables):
 
     def test_verdicts_before_anybody_was_told(self):
         """What holds for one holds for all."""
-        for text, want in ((qr.NO_CONTROL, b'ZZZ'), (qr.BAD_SENDER, b'DDD'),
-                           (qr.DNS_SOFT, b'ZZZ')):
+        for text in qr.NO_CONTROL, qr.BAD_SENDER, qr.DNS_SOFT:
             self.assertEqual([text] * 3, qr.verdicts(qr.Result(text), 3))
         self.assertEqual(
             [b'D' + qr.BAD_RECIPIENT[1:] + qr.NO_RECIPIENT[1:]] * 2,
@@ -11691,11 +11691,9 @@ class TlsLines(unittest.TestCase):
             for _ in range(20000):
                 yield b't'
             raise AssertionError('without end')
-
-        def clock(ticks=[0]):
-            ticks[0] += 0.01
-            return ticks[0]
-        line = self.line(OddSocket([99] * 9, talk()), clock)
+        ticks = itertools.count(1)
+        line = self.line(OddSocket([99] * 9, talk()),
+                         lambda: next(ticks) / 100)
         self.assertFalse(line.input_pending())
 
     def test_encrypt(self):
@@ -14760,9 +14758,9 @@ class Bench:
             message = self.file('large', block, 100 << 20)
             wire = self.file('wire', b'.' * block.startswith(b'.') +
                              block.replace(b'\n', b'\r\n'), 100 << 20)
-            run, = self.measure([[self.python, '-IS', '-c', SENDFILE, str(
+            sent, = self.measure([[self.python, '-IS', '-c', SENDFILE, str(
                 self.ports['data'])]], wire, 5)
-            for name, run in [('sendfile', run)] + self.runs(
+            for name, run in [('sendfile', sent)] + self.runs(
                     self.own, 'data', message):
                 self.line(name, run.cpu * 1e3, run.wall * 1e3)
 
