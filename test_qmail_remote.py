@@ -145,7 +145,8 @@ def compiled():
     has to compile it takes five times as long to start."""
     folder = tempfile.mkdtemp(prefix='qmail-')
     atexit.register(shutil.rmtree, folder, True)
-    return py_compile.compile(PROGRAM, os.path.join(folder, 'fast.pyc'))
+    return py_compile.compile(PROGRAM, os.path.join(
+        folder, 'qmail_remote.pyc'))
 
 
 def run_program(home, *args, message=MESSAGE, stdin=None, env=None,
@@ -7678,9 +7679,10 @@ os.write(2, b'seen')
 '''
 
 
-def python(code):
-    """The command that runs this code with the program as its argument."""
-    return [sys.executable, '-IS', '-c', code, PROGRAM]
+def python(code, program=None):
+    """The command that runs this code with the program as its argument, as
+    bytecode if no file is given."""
+    return [sys.executable, '-ISB', '-c', code, program or compiled()]
 
 
 def bin_with_python3():
@@ -8109,11 +8111,11 @@ class Process(unittest.TestCase):
                 ('KeyboardInterrupt', qr.NO_RESOURCES),
                 ('SystemExit(100)', qr.NO_RESOURCES)):
             with self.subTest(error):
-                self.check(self.run_it(command=python(TROUBLE % error)),
-                           report.decode())
+                self.check(self.run_it(command=python(
+                    TROUBLE % error, PROGRAM)), report.decode())
         # What even main() cannot report: a deferral, too.
         done = self.run_it(command=python(TROUBLE.replace(
-            "return 'qmail-remote'", 'raise OSError') % 'OSError'))
+            "return 'qmail-remote'", 'raise OSError') % 'OSError', PROGRAM))
         self.assertEqual((111, b'', b''),
                          (done.status, done.output, done.stderr))
 
