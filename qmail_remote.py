@@ -681,37 +681,54 @@ def literal(host):
 
 
 # ------------------------------------------------------------ 6. Control files
-# The only code that opens them; parsers for what they hold.
+# The only code that opens control files, and pure parsers for what they hold.
+# They are read as control.c of qmail reads them; qmail-control(5).
 
 class Control(Record):
-    """What the control files say.  Names and addresses are bytes, timeouts
-    seconds; the routes are dicts, as parse_routes() and parse_senders()
-    give them; moreipme and notipme as parse_networks() gives them,
-    outgoingip as parse_outgoing() does; batch is a number."""
+    """What the control files say, as read_control() returns it."""
     __slots__ = ('helohost', 'timeoutconnect', 'timeoutremote', 'smtproutes',
                  'authsenders', 'moreipme', 'notipme', 'outgoingip', 'batch')
+    helohost: bytes
+    timeoutconnect: int         # seconds
+    timeoutremote: int          # seconds
+    smtproutes: dict            # see parse_routes()
+    authsenders: dict           # see parse_senders()
+    moreipme: list              # see parse_networks()
+    notipme: list
+    outgoingip: dict            # see parse_outgoing()
+    batch: int
 
 
 class Route(Record):
-    """Where mail goes: relay (bytes; None: by MX), port (an int, or None:
-    as usual), credentials ((user, password) or None), lacking (what the
-    line has not: b'user' or b'password', if it has the other or a | alone).
-    """
-    __slots__ = ('relay', 'port', 'credentials', 'lacking')
+    """How mail is routed, by one line of smtproutes or authsenders.
 
-    def __init__(self, relay, port, credentials, lacking=b''):
-        Record.__init__(self, relay, port, credentials, lacking)
+    relay        the relay's host text or IP address; None: mail exchangers
+    port         None: 25
+    credentials  (user, password), or None
+    lacking      what a line with | has not: b'user' or b'password'; or b''
+    login_only   the line, of authsenders, names no relay and no port of its
+                 own: smtproutes and DNS choose them, the line the login"""
+    __slots__ = ('relay', 'port', 'credentials', 'lacking', 'login_only')
+    relay: 'bytes | None'
+    port: 'int | None'
+    credentials: 'tuple | None'
+    lacking: bytes
+    login_only: bool
+
+    def __init__(self, relay, port, credentials, lacking=b'',
+                 login_only=False):
+        Record.__init__(self, relay, port, credentials, lacking, login_only)
 
 
 class Invalid(Exception):
-    """A control file holds nonsense."""
+    """A control file, or a line of it, breaks the rules for it."""
 
 
 def absent(path):
     """Whether there is no such entry, not even a symbolic link.  Raises
-    OSError if a link that leads nowhere is in its place or on the way: who
-    made it wanted something to be there, a certificate for a password's
-    server, for example."""
+    OSError if a link without a target is in its place or on the way to it:
+    a file was meant to be there, for example the certificate of a server
+    that gets a password."""
     ends = [at for at, c in enumerate(path) if c == ord('/') and at]
     for end in ends + [len(path)]:
         try:
@@ -725,9 +742,9 @@ def absent(path):
 
 
 def read_file(path, most):
-    """The bytes of a regular file or device, None if it is absent(); never
-    waits for a FIFO.  Raises OSError, and Invalid if it is anything else or
-    holds more than most bytes."""
+    """The bytes of a regular file or a character device; None if it is
+    absent().  Never waits for a FIFO.  Raises OSError, and Invalid if it is
+    anything else or holds more than most bytes."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -750,8 +767,9 @@ def read_file(path, most):
 
 
 def read_control_file(name):
-    """control/name, None if it is absent.  Raises OSError, Invalid.  With a
-    byte order mark before it the first line would not mean what it says."""
+    """The bytes of control/name; None if it is absent().  Raises OSError, and
+    Invalid: for a byte order mark, too, which would be a part of the first
+    key or value."""
     data = read_file(b'control/' + name, CONTROL_MAX)
     if data is not None and data.startswith(BYTE_ORDER_MARK):
         raise Invalid(name)
@@ -779,7 +797,8 @@ def read_control():
 
 
 def read_concurrency():
-    """How many deliveries a spawner runs at once.  Raises LocalFault."""
+    """The number of deliveries that a spawner runs at once.  Raises
+    LocalFault."""
     try:
         data = read_control_file(b'concurrencyspawn')
     except (OSError, Invalid):
@@ -787,7 +806,8 @@ def read_concurrency():
     return min(parse_number(data, SPAWN_LIMIT), SPAWN_LIMIT_MAX)
 
 
-# What a delivery depends on, but for what read_tls_control() reads each time.
+# The files that a delivery depends on.  read_tls_control() reads two more,
+# for each server anew.
 SIGNED_FILES = [b'control/' + name for name in (
     b'me', b'helohost', b'timeoutconnect', b'timeoutremote', b'smtproutes',
     b'authsenders', b'moreipme', b'notipme', b'outgoingip', b'batch',
@@ -796,13 +816,13 @@ SIGNED_FILES = [b'control/' + name for name in (
 
 
 def control_signature(more=()):
-    """Differs as soon as one of the files, or of the paths in more, does,
-    or a symbolic link in its place."""
+    """A list that changes when one of SIGNED_FILES, or of the paths in more,
+    changes, or a symbolic link in its place."""
     signature = []
     for path in SIGNED_FILES + list(more):
-        for look in os.lstat, os.stat:
+        for status_of in os.lstat, os.stat:
             try:
-                status = look(path)
+                status = status_of(path)
                 signature.append((
                     status.st_dev, status.st_ino, status.st_size,
                     status.st_mtime_ns, status.st_ctime_ns))
@@ -812,10 +832,17 @@ def control_signature(more=()):
 
 
 class TlsControl(Record):
-    """What control says about TLS with one host.  pem: the certificates to
-    trust, or None; never: no TLS at all; cert: the path of our own, or
-    None; ciphers: a list for OpenSSL, or empty."""
+    """What the control files say about TLS with one server.
+
+    pem      the PEM certificates to trust (tlshosts); None: no file
+    never    no TLS at all (notlshosts)
+    cert     the path of our own certificate; None: no file
+    ciphers  a list for OpenSSL; empty: no file"""
     __slots__ = ('pem', 'never', 'cert', 'ciphers')
+    pem: 'bytes | None'
+    never: bool
+    cert: 'bytes | None'
+    ciphers: bytes
 
 
 def read_tls_defaults():
@@ -848,14 +875,16 @@ def first_line(data):
 
 
 def lines_of(data):
-    """The lines that count: no blank ones, no comments (control.c)."""
+    """The lines that are neither blank nor comments, without the blanks at
+    their ends (control.c).  data may be None."""
     lines = (line.rstrip(b' \t') for line in (data or b'').split(b'\n'))
     return [line for line in lines if line and not line.startswith(b'#')]
 
 
 def map_lines(data):
-    """The lines of a map.  Raises Invalid if one begins with a blank, which
-    makes it match nothing; before a # it is a comment."""
+    """The lines_of() a file with keys.  Raises Invalid if one begins with a
+    blank, because its key would match nothing; but blanks and a # begin a
+    comment."""
     lines = [line for line in lines_of(data)
              if not line.lstrip(b' \t').startswith(b'#')]
     for line in lines:
@@ -865,9 +894,9 @@ def map_lines(data):
 
 
 def split_key(line):
-    """(key, colon, value): as line.partition(b':'), but a colon within [ ]
-    belongs to the key, as in [IPv6:::1].  Raises Invalid for a blank before
-    the colon, which makes the line match nothing."""
+    """(key, colon, value), as line.partition(b':'), but a colon within [ ]
+    is a part of the key, as in [IPv6:::1].  Raises Invalid if the key ends
+    with a blank, because it would match nothing."""
     key, colon, value = line.partition(b':')
     inside, closed, rest = value.partition(b']')
     if closed and b'[' not in inside and key.rfind(b'[') > key.rfind(b']'):
@@ -879,8 +908,7 @@ def split_key(line):
 
 
 def parse_helohost(data):
-    """The name for EHLO.  Raises Invalid if there is none, or if it is no
-    single word."""
+    """The name for EHLO.  Raises Invalid if it is empty or unsafe()."""
     name = first_line(data or b'')
     if not name or unsafe(name):
         raise Invalid('helohost')
@@ -888,14 +916,23 @@ def parse_helohost(data):
 
 
 def parse_number(data, default):
-    """Leading ASCII digits, as seconds from 1 to TIMEOUT_MAX; the default
-    if there is none (control.c, control_readint())."""
+    """The ASCII digits that data begins with, as a number from 1 to
+    TIMEOUT_MAX; default if it begins with none, or is None (control.c,
+    control_readint())."""
     line = first_line(data or b'')
     digits = line[:len(line) - len(line.lstrip(b'0123456789'))]
     if not digits:
         return default
-    # Six digits are more than TIMEOUT_MAX; int() of 5,000 would be refused.
+    # Six digits exceed TIMEOUT_MAX.  Python refuses int() of 5,000 digits.
     return min(max(int(digits.lstrip(b'0')[:6] or b'0'), 1), TIMEOUT_MAX)
+
+
+def parse_port(digits):
+    """A port, from 1 to 65535.  Raises Invalid."""
+    if not digits.isdigit() or len(digits) > 5 or \
+            not 0 < int(digits) < 65536:
+        raise Invalid(digits)
+    return int(digits)
 
 
 def parse_networks(data):
@@ -920,8 +957,8 @@ def parse_networks(data):
 
 
 def parse_outgoing(data):
-    """outgoingip as {address family: address}: at most one of each.  Raises
-    LocalFault, which names the line that is wrong."""
+    """outgoingip as {address family: IP address}: at most one of each.
+    Raises LocalFault with a report that names the wrong line."""
     found = {}
     for line in lines_of(data):
         address = canonical(line.strip(b'[]'))
@@ -935,7 +972,7 @@ def parse_outgoing(data):
 
 
 def in_networks(address, networks):
-    """Whether an address (text) is in one of parse_networks()."""
+    """Whether an IP address is in networks, a list of parse_networks()."""
     wanted = packed(address)
     return any(len(network) == len(wanted) and all(
         ours & m == theirs & m
@@ -954,52 +991,50 @@ def parse_routes(data):
 
 
 def parse_senders(data):
-    """authsenders as {sender in lower case: Route}; a Route of False as
-    relay means: no relay of its own, go by smtproutes.  Raises Invalid."""
+    """authsenders as {sender in lower case: Route}.  Raises Invalid.  A line
+    has a colon, a | or both: sender:relay, sender|user|password,
+    sender:relay|user|password."""
     senders = {}
     for line in map_lines(data):
-        place = line.split(b'|', 1)[0]
+        place, bar, _ = line.partition(b'|')
         sender, colon, _ = split_key(place)
-        if colon:
-            route = parse_route(line[len(sender) + 1:])
-            if len(place) < len(line) and not (route.relay or route.port):
-                route.relay = False
-        elif len(place) < len(line):
-            route = parse_route(line[len(place):])
-            route.relay = False
-        else:
-            continue
-        senders[sender.lower()] = route
+        if colon or bar:
+            route = parse_route(line[len(sender) + len(colon):])
+            route.login_only = bool(bar) and not (route.relay or route.port)
+            senders[sender.lower()] = route
     return senders
 
 
 def parse_route(value):
     """relay[:port][|user|password] as a Route.  Raises Invalid."""
-    place, bar, secret = value.partition(b'|')
-    user, _, password = secret.partition(b'|')
     if b'\r' in value or b'\0' in value:
         raise Invalid(value)
+    place, bar, login = value.partition(b'|')
+    relay, port = parse_place(place)
+    user, _, password = login.partition(b'|')
+    if user and password:
+        return Route(relay, port, (user, password))
+    if not bar:
+        return Route(relay, port, None)
+    return Route(relay, port, None, b'user' if password else b'password')
+
+
+def parse_place(place):
+    """relay[:port] as (relay or None, port or None).  ; is as good as :, and
+    an IPv6 address needs its brackets.  Raises Invalid."""
     if place.startswith(b'['):
         end = place.find(b']') + 1
-        relay, rest = place[:end], place[end:]
-        if literal(relay) is None:
-            raise Invalid(value)
     else:
         end = len(place.replace(b';', b':').split(b':', 1)[0])
-        relay, rest = place[:end], place[end:]
-        if relay and literal(relay) is None and to_wire(relay) is None:
-            raise Invalid(value)
-    port = None
-    if rest:
-        digits = rest[1:]
-        if rest[:1] not in (b':', b';') or not digits.isdigit() \
-                or len(digits) > 5 or not 0 < int(digits) < 65536:
-            raise Invalid(value)
-        port = int(digits)
-    if user and password:
-        return Route(relay or None, port, (user, password))
-    return Route(relay or None, port, None,
-                 bar and (b'user' if password else b'password'))
+    relay, rest = place[:end], place[end:]
+    if literal(relay) is None and (
+            place.startswith(b'[') or (relay and to_wire(relay) is None)):
+        raise Invalid(place)
+    if not rest:
+        return relay or None, None
+    if not rest.startswith((b':', b';')):
+        raise Invalid(place)
+    return relay or None, parse_port(rest[1:])
 
 
 # ----------------------------------------------------------------- 7. DNS wire
@@ -1596,7 +1631,7 @@ def choose_route(host, sender, control):
     Credentials, whole or not, are kept only for a relay that the
     administrator named."""
     own = lookup_sender(sender, control.authsenders)
-    if own is not None and own.relay is not False:
+    if own is not None and not own.login_only:
         route = own
     else:
         route = lookup_host(host, control.smtproutes) or \
@@ -1613,7 +1648,7 @@ def route_summary(host, sender, route, control):
     """The choice and where it comes from, for the trace."""
     own = lookup_sender(sender, control.authsenders)
     by, words = b'DNS', b'the mail exchangers of ' + host
-    if own is not None and own.relay is not False:
+    if own is not None and not own.login_only:
         by = b'control/authsenders'
     elif lookup_host(host, control.smtproutes):
         by = b'control/smtproutes'

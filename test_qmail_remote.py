@@ -1534,40 +1534,42 @@ class Routes(Tables):
             self.check(want, self.routes, data)
 
     def senders(self, data):
-        return {sender: self.fields(route)
+        """As routes(); LOGIN in the place of a relay: login_only."""
+        return {sender: ('LOGIN',) * route.login_only +
+                self.fields(route)[route.login_only:]
                 for sender, route in qr.parse_senders(data).items()}
 
     def test_parse_senders(self):
-        """A relay of False: none of its own, as smtproutes says."""
+        LOGIN = 'LOGIN'
         generic, other = (b'generic', b'passwd'), (b'other', b'otherpw')
         test = b'test', b'testpass'
         for data, want in (
                 (None, {}), (b'# a\n\nno colon, no bar\n', {}),
                 (b'@example.com|generic|passwd\n',
-                 {b'@example.com': (False, None, generic)}),
+                 {b'@example.com': (LOGIN, None, generic)}),
                 (b'.subdomain.example.com|other|otherpw\n',
-                 {b'.subdomain.example.com': (False, None, other)}),
+                 {b'.subdomain.example.com': (LOGIN, None, other)}),
                 (b'mail@example.com|test|testpass\n',
-                 {b'mail@example.com': (False, None, test)}),
+                 {b'mail@example.com': (LOGIN, None, test)}),
                 (b'info@example.com:smtp.example.com:26|other|otherpw\n',
                  {b'info@example.com': (b'smtp.example.com', 26, other)}),
                 (b':mailrelay.example.com|e=mc2|testpass\n',
                  {b'': (b'mailrelay.example.com', None,
                         (b'e=mc2', b'testpass'))}),
-                (b'|u|p', {b'': (False, None, (b'u', b'p'))}),
-                (b'A@B|U|P', {b'a@b': (False, None, (b'U', b'P'))}),
-                (b'a@b|u|p|:|q', {b'a@b': (False, None, (b'u', b'p|:|q'))}),
-                (b'a@b|u:x|p', {b'a@b': (False, None, (b'u:x', b'p'))}),
+                (b'|u|p', {b'': (LOGIN, None, (b'u', b'p'))}),
+                (b'A@B|U|P', {b'a@b': (LOGIN, None, (b'U', b'P'))}),
+                (b'a@b|u|p|:|q', {b'a@b': (LOGIN, None, (b'u', b'p|:|q'))}),
+                (b'a@b|u:x|p', {b'a@b': (LOGIN, None, (b'u:x', b'p'))}),
                 (b'a@b:r|u|p:26', {b'a@b': (b'r', None, (b'u', b'p:26'))}),
-                (b'a@b|u', {b'a@b': (False, None, b'password')}),
-                (b'a@b|u|', {b'a@b': (False, None, b'password')}),
-                (b'a@b||p', {b'a@b': (False, None, b'user')}),
-                (b'a@b:|u', {b'a@b': (False, None, b'password')}),
+                (b'a@b|u', {b'a@b': (LOGIN, None, b'password')}),
+                (b'a@b|u|', {b'a@b': (LOGIN, None, b'password')}),
+                (b'a@b||p', {b'a@b': (LOGIN, None, b'user')}),
+                (b'a@b:|u', {b'a@b': (LOGIN, None, b'password')}),
                 (b'a@b::26|u', {b'a@b': (None, 26, b'password')}),
                 (b'a@b:r|u', {b'a@b': (b'r', None, b'password')}),
                 (b'a@b:r', {b'a@b': (b'r', None, None)}),
                 (b'a@b:', {b'a@b': (None, None, None)}),
-                (b'a@b:|u|p', {b'a@b': (False, None, (b'u', b'p'))}),
+                (b'a@b:|u|p', {b'a@b': (LOGIN, None, (b'u', b'p'))}),
                 (b'a@b:[::1]:26|u|p', {b'a@b': (b'[::1]', 26, (b'u', b'p'))}),
                 (b'a@b:r\na@B:s\n', {b'a@b': (b's', None, None)}),
                 # senders with a literal
@@ -1575,7 +1577,7 @@ class Routes(Tables):
                  {b'a@[ipv6:::1]': (b'r', None, (b'u', b'p'))}),
                 (b'@[::1]:[::2]:26|u|]:[',
                  {b'@[::1]': (b'[::2]', 26, (b'u', b']:['))}),
-                (b'a@[::1]|u|p', {b'a@[::1]': (False, None, (b'u', b'p'))}),
+                (b'a@[::1]|u|p', {b'a@[::1]': (LOGIN, None, (b'u', b'p'))}),
                 (b'a@[::1]:', {b'a@[::1]': (None, None, None)}),
                 (b'a@[192.0.2.1]:r', {b'a@[192.0.2.1]': (b'r', None, None)}),
                 (b'a[@b:[::1]:26', {b'a[@b': (b'[::1]', 26, None)}),
@@ -5550,7 +5552,7 @@ class FuzzCase(FuzzClock):
         relay = b'relay.example' if self.named else None
         route = qr.Route(relay, self.port if self.named else None,
                          credentials, lacking)
-        own = qr.Route(False, None, credentials, lacking)
+        own = qr.Route(None, None, credentials, lacking, True)
         self.configured = self.named and bool(credentials or lacking)
         table = {b'': route}
         self.control = qr.Control(
