@@ -180,8 +180,7 @@ DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'
 DNS_UDP_SIZE = 1232             # of a datagram that no network has to cut
                                 # (dnsflagday.net/2020)
 DNS_NAME_MAX = 255              # of a name in wire form (RFC 1035 2.3.4)
-DNS_LINKS_MAX = 10              # CNAMEs followed from one name
-DNS_ALIASES_MAX = 64            # CNAMEs in one answer
+DNS_LINKS_MAX = 10              # CNAMEs followed for one question
 DNS_TOGETHER = 3 * EXCHANGERS_MAX       # questions at once: A, AAAA, TLSA
 DNS_BYTES_MAX = DNS_TOGETHER * 1365     # answers to one delivery: 512 KiB
 
@@ -1038,13 +1037,14 @@ def parse_place(place):
 
 
 # ----------------------------------------------------------------- 7. DNS wire
-# Questions built, answers parsed (RFC 1035).  Names are in wire form, in
-# lower case, so that they compare as bytes.  Pure.
+# Questions built, answers parsed (RFC 1035).  Pure.  All names here are wire
+# names in lower case, so that equal names are equal bytes.
 
 A, CNAME, SOA, MX, AAAA, OPT, TLSA = 1, 5, 6, 15, 28, 41, 52
 NOERROR, FORMERR, NXDOMAIN, NOTIMP, BADVERS = 0, 1, 3, 4, 16
 QR, OPCODE, AA, TC = 0x8000, 0x7800, 0x0400, 0x0200
 RD, RA, AD = 0x0100, 0x0080, 0x0020
+HEADER_SIZE = 12                # RFC 1035 4.1.1
 
 
 class Malformed(Exception):
@@ -1052,45 +1052,55 @@ class Malformed(Exception):
 
 
 class TooMuch(Malformed):
-    """More answers than one delivery may read."""
+    """More bytes of answers than one delivery may read."""
 
 
 class Answer(Record):
-    """A parsed answer.  rcode with its EDNS part; truncated; lame: neither
-    authority nor recursion stands behind it; records: (owner, type, value)
-    of the answer section, those asked for and CNAMEs; final: an SOA says
-    that there is no more; authentic: the server has validated it (AD,
-    RFC 4035 3.2.3)."""
-    __slots__ = ('rcode', 'truncated', 'lame', 'records', 'final',
+    """A parsed answer.
+
+    rcode      with the upper bits that EDNS adds (RFC 6891 6.1.3)
+    truncated  ask again over TCP; the records were not read
+    lame       the server has no authority (AA), and offers no recursion (RA)
+    records    (owner, type, value) of the answer section: only records of
+               the type asked for, and CNAMEs
+    has_soa    the authority section has an SOA: there is no more to be found
+    authentic  the server has validated the answer (AD, RFC 4035 3.2.3)"""
+    __slots__ = ('rcode', 'truncated', 'lame', 'records', 'has_soa',
                  'authentic')
+    rcode: int
+    truncated: bool
+    lame: bool
+    records: list
+    has_soa: bool
+    authentic: bool
 
 
-def build_question(ident, name, qtype, edns, trusted=False):
-    """A recursive question (RFC 1035 4.1; EDNS0: RFC 6891 6.1.2); of a
-    trusted server it asks for AD in the answer (RFC 6840 5.7)."""
-    flags = RD | AD if trusted else RD
+def build_question(ident, wire_name, qtype, edns, want_ad=False):
+    """The packet of a recursive question (RFC 1035 4.1), with EDNS0 (RFC 6891
+    6.1.2) or without.  want_ad: the answer may have AD (RFC 6840 5.7)."""
+    flags = RD | AD if want_ad else RD
     return struct.pack('>6H', ident, flags, 1, 0, 0, 1 if edns else 0) \
-        + name + struct.pack('>2H', qtype, 1) \
+        + wire_name + struct.pack('>2H', qtype, 1) \
         + (struct.pack('>BHHLH', 0, OPT, DNS_UDP_SIZE, 0, 0) if edns else b'')
 
 
 class Names:
-    """The names in a packet.  A name is read once, and so is the rest of one
-    that pointers lead to.  All of them together take no more steps, labels
-    and pointers, than the packet has bytes; honest ones need far less."""
+    """The names in a packet, each read once, and so is the end of a name that
+    pointers lead to.  All of them together take no more steps, labels and
+    pointers, than the packet has bytes; honest packets need far fewer."""
 
     def __init__(self, packet):
         self.packet, self.steps = packet, len(packet)
-        self.known = {}         # where it begins: (name, where it ends)
+        self.known = {}         # where it begins: (wire name, where it ends)
 
     def read(self, at):
-        """(name, where it ends).  Pointers must lead strictly backwards, so
-        that there is no loop (RFC 1035 4.1.4).  Raises Malformed."""
+        """(wire name, where it ends).  Pointers must lead strictly backwards,
+        so that there is no loop (RFC 1035 4.1.4).  Raises Malformed."""
         begin, name, parts = at, b'', []
         while at is not None and at not in self.known:
             start, before = at, len(name)
             labels, end, at = self._labels(start)
-            if at is not None and not 12 <= at < start:
+            if at is not None and not HEADER_SIZE <= at < start:
                 raise Malformed('pointer not backwards')
             name += labels
             parts.append((start, before, end))
@@ -1104,8 +1114,8 @@ class Names:
         return self.known[begin]
 
     def _labels(self, start):
-        """(labels up to a pointer or the root, where that ends, where the
-        pointer leads, or None)."""
+        """(the labels up to a pointer or the root, where these end, where the
+        pointer leads or None).  Raises Malformed."""
         packet, at = self.packet, start
         while at < len(packet) and self.steps:
             self.steps -= 1
@@ -1122,7 +1132,9 @@ class Names:
 
 
 def read_record(names, at):
-    """(owner, type, rdata's start, rdata's end, TTL).  Raises Malformed."""
+    """(owner, type, start of rdata, end of rdata, TTL) of the record there
+    (RFC 1035 3.2.1).  The type is None for a class other than IN.  Raises
+    Malformed."""
     packet = names.packet
     owner, at = names.read(at)
     if at + 10 > len(packet):
@@ -1132,16 +1144,22 @@ def read_record(names, at):
     if at + size > len(packet):
         raise Malformed('rdata past the end')
     if rtype != OPT and rclass != 1:
-        rtype = None            # not of the Internet: fits, but never counts
+        rtype = None
     return owner, rtype, at, at + size, ttl
 
 
 def read_value(names, rtype, start, end):
-    """The value of an A or AAAA record (an address), MX (preference, name),
-    CNAME (name) or TLSA (usage, selector, matching type, data: RFC 6698);
-    others as None.  A TLSA record that is too short stays, with numbers that
-    dane_usable() refuses: it spoils no other one, and its zone has TLSA
-    records.  Raises Malformed."""
+    """The value of a record.
+
+    A, AAAA      an IP address (text)
+    MX           (preference, wire name)
+    CNAME        a wire name
+    TLSA         (usage, selector, matching type, data) (RFC 6698 2.1)
+    other types  None
+
+    A TLSA record that is too short gets numbers that dane_usable() refuses:
+    other records remain usable, and the name still has TLSA records.  Raises
+    Malformed."""
     packet = names.packet
     if rtype in (A, AAAA):
         if end - start != (4 if rtype == A else 16):
@@ -1165,66 +1183,77 @@ def read_value(names, rtype, start, end):
     return value
 
 
-def parse_answer(packet, ident, name, qtype):
-    """The Answer to this very question, None for anything else that came
-    in; but a FORMERR or NOTIMP may be a header alone, as servers send it that
-    know no EDNS.  Raises Malformed if it answers, but not by the rules."""
-    if len(packet) < 12:
+def parse_answer(packet, ident, wire_name, qtype):
+    """The Answer to this question; None if the packet is not one.  A FORMERR
+    or NOTIMP without a question is an answer: servers that do not know EDNS
+    send the header alone.  Raises Malformed if it is an answer, but breaks
+    the rules."""
+    if len(packet) < HEADER_SIZE:
         return None
-    got, flags, questions, answers, authority, additional = \
-        struct.unpack_from('>6H', packet)
-    if got != ident or not flags & QR or flags & OPCODE:
+    got, flags, questions = struct.unpack_from('>3H', packet)
+    rcode = flags & 15
+    if got != ident or flags & (QR | OPCODE) != QR:
         return None
-    if flags & 15 in (FORMERR, NOTIMP) and (
-            not questions or len(packet) == 12):
-        return Answer(flags & 15, False, False, [], False, False)
-    if questions != 1:
-        return None
+    if rcode in (FORMERR, NOTIMP) and (
+            not questions or len(packet) == HEADER_SIZE):
+        return Answer(rcode, False, False, [], False, False)
     names = Names(packet)
-    try:
-        asked, at = names.read(12)
-    except Malformed:
+    if questions != 1 or not has_question(names, wire_name, qtype):
         return None
-    if asked != name or packet[at:at + 4] != struct.pack('>2H', qtype, 1):
-        return None
-    at, rcode, records, final, aliases = at + 4, flags & 15, [], False, 0
     if flags & TC:
-        return Answer(rcode, True, False, records, final, False)
+        return Answer(rcode, True, False, [], False, False)
+    answer = Answer(rcode, False, not flags & (AA | RA), [], False,
+                    bool(flags & AD))
+    read_sections(names, HEADER_SIZE + len(wire_name) + 4, qtype, answer)
+    return answer
+
+
+def has_question(names, wire_name, qtype):
+    """Whether the first question of a packet is this one, not compressed."""
+    try:
+        asked, at = names.read(HEADER_SIZE)
+    except Malformed:
+        return False
+    return asked == wire_name and \
+        names.packet[at:at + 4] == struct.pack('>2H', qtype, 1)
+
+
+def read_sections(names, at, qtype, answer):
+    """Reads the records from at on into an Answer (RFC 1035 4.1).  Raises
+    Malformed."""
+    answers, authority, additional = struct.unpack_from('>3H', names.packet,
+                                                        6)
     for index in range(answers + authority + additional):
         owner, rtype, start, at, ttl = read_record(names, at)
         if index < answers:
             value = read_value(names, rtype, start, at)
-            aliases += rtype == CNAME
-            if aliases > DNS_ALIASES_MAX:
-                raise Malformed('aliases')
             if rtype in (qtype, CNAME):
-                records.append((owner, rtype, value))
+                answer.records.append((owner, rtype, value))
         elif rtype == SOA and index < answers + authority:
-            final = True
+            answer.has_soa = True
         elif rtype == OPT:
-            rcode |= ttl >> 24 << 4
-    return Answer(rcode, False, not flags & (AA | RA), records, final,
-                  bool(flags & AD))
+            answer.rcode |= ttl >> 24 << 4      # RFC 6891 6.1.3
 
 
-def settles(answer, name, qtype):
-    """Whether an Answer says what the question asked.  A lame one does with
-    the values themselves, never with their absence."""
+def settles(answer, wire_name, qtype):
+    """Whether an Answer decides its question.  A lame one decides only with
+    records of the type asked for; it proves nothing about their absence.
+    Raises Malformed."""
     if answer.lame:
         return answer.rcode == NOERROR and \
-            bool(follow(answer.records, name, qtype)[0])
+            bool(follow(answer.records, wire_name, qtype)[0])
     return answer.rcode in (NOERROR, NXDOMAIN)
 
 
-def follow(records, name, qtype):
-    """(values of that type, end of the CNAME chain, links followed).  Only
-    what the name or its chain owns counts, in whatever order it came.
-    Raises Malformed after DNS_LINKS_MAX links."""
+def follow(records, wire_name, qtype, most=DNS_LINKS_MAX):
+    """(the values of type qtype, where the CNAMEs from the name lead, the
+    number of them).  Only records of these names count, in any order.
+    Raises Malformed if there are more than most CNAMEs on the way."""
     aliases = {owner: value for owner, rtype, value in records
                if rtype == CNAME}
-    owners = [name]
+    owners = [wire_name]
     while qtype != CNAME and owners[-1] in aliases:
-        if len(owners) > DNS_LINKS_MAX:
+        if len(owners) > most:
             raise Malformed('CNAME chain')
         owners.append(aliases[owners[-1]])
     chain = set(owners)
@@ -1441,15 +1470,14 @@ class Resolver:
                 if answer is None:
                     return soft
                 authentic = authentic and answer.authentic
-                values, name, more = follow(answer.records, name, qtype)
+                values, name, more = follow(answer.records, name, qtype,
+                                            DNS_LINKS_MAX - links)
                 links += more
-                if links > DNS_LINKS_MAX:
-                    raise Malformed('CNAME chain')
                 if values:
                     return Lookup(Lookup.OK, values, authentic, name)
                 if answer.rcode == NXDOMAIN:
                     return Lookup(Lookup.NONE, [], authentic, name)
-                if answer.final or not more:
+                if answer.has_soa or not more:
                     return Lookup(Lookup.OK, [], authentic, name)
         except Malformed:       # a chain without end: somebody's slip
             return soft

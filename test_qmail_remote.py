@@ -2171,8 +2171,8 @@ class DnsWire(Tables):
 
         def opt(ttl):
             return b'\0\0\x29\x04\xd0' + struct.pack('!IH', ttl, 0)
-        names = 'rcode', 'truncated', 'lame', 'final'
-        plain = dict(rcode=0, truncated=False, lame=False, final=False)
+        names = 'rcode', 'truncated', 'lame', 'has_soa'
+        plain = dict(rcode=0, truncated=False, lame=False, has_soa=False)
         for title, packet, changes in (
                 ('RA', dns_packet(flags=0x8180), {}),
                 ('AA', dns_packet(flags=0x8500), {}),
@@ -2180,7 +2180,7 @@ class DnsWire(Tables):
                 ('rcode 2', dns_packet(flags=0x8182), {'rcode': 2}),
                 ('rcode 15', dns_packet(flags=0x818f), {'rcode': 15}),
                 ('TC', dns_packet(flags=0x8380), {'truncated': True}),
-                ('SOA', dns_packet(soa, authority=1), {'final': True}),
+                ('SOA', dns_packet(soa, authority=1), {'has_soa': True}),
                 ('SOA elsewhere', dns_packet(soa, additional=1), {}),
                 ('OPT', dns_packet(opt(0), additional=1), {}),
                 ('DO', dns_packet(opt(0x8000), additional=1), {}),
@@ -2943,8 +2943,8 @@ class Resolving(Tables):
                 yield
         link, last = (self.NAME, qr.CNAME, other), (other, 1, b'192.0.2.1')
 
-        def answer(record, authentic, final=False):
-            return qr.Answer(0, False, False, [record], final, authentic)
+        def answer(record, authentic, has_soa=False):
+            return qr.Answer(0, False, False, [record], has_soa, authentic)
         for steps, *want in (
                 ([answer(link, True), answer(last, True)], *self.GOOD, True),
                 ([answer(link, False), answer(last, True)],
