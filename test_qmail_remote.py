@@ -7959,7 +7959,8 @@ class Process(unittest.TestCase):
                    ACCEPTED.partition('\n')[0] + '\n')
 
     def test_death_by_signal_is_a_deferral(self):
-        for number in signal.SIGTERM, signal.SIGALRM, signal.SIGINT:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM,
+                       signal.SIGINT):
             with self.subTest(str(number)), \
                     Hanging([sys.executable, '-IS', PROGRAM]) as hanging:
                 hanging.child.send_signal(number)
