@@ -130,7 +130,9 @@ def rspawn_verdict(status, output):
 
 class Outcome:
     """One run of the program: status, output (raw), reports (a list, the
-    NULs taken off), stderr, seconds, verdict (as qmail-rspawn reads it)."""
+    NULs taken off), stderr, seconds, verdict (as qmail-rspawn reads it),
+    trace (lines; of a run in this process)."""
+    trace = ()
 
     def __init__(self, status, output, stderr, seconds):
         self.status, self.output = status, output
@@ -6390,7 +6392,8 @@ def run_here(home, *args, message=MESSAGE, stdin=None, dns='127.0.0.1:1',
         return context
     words = [os.fsencode(word) for word in args]
     start = time.monotonic()
-    with tempfile.TemporaryFile() as body:
+    with tempfile.TemporaryFile() as body, tempfile.TemporaryFile() as seen:
+        trace = qr.Trace(seen.fileno(), qr.wait)
         body.write(message)
         body.seek(0)
         try:
@@ -6399,7 +6402,7 @@ def run_here(home, *args, message=MESSAGE, stdin=None, dns='127.0.0.1:1',
             result = qr.deliver(words[0], words[1], words[2:], control, (
                 qr.Context(
                     qr.Resolver(qr.parse_resolv_conf(b'', dns.encode()),
-                                qr.wait, time.monotonic),
+                                qr.wait, time.monotonic, trace),
                     qr.OwnAddresses(control.moreipme, control.notipme,
                                     qr.is_local),
                     qr.TcpTo(home.tcpto, time.time, os.getpid(), qr.wait),
@@ -6407,10 +6410,14 @@ def run_here(home, *args, message=MESSAGE, stdin=None, dns='127.0.0.1:1',
                         body.fileno() if stdin is None else stdin,
                         control.timeoutremote),
                     lambda name: at_home(home, qr.read_tls_control, name),
-                    tls_context, None, qr.NO_TRACE)))
+                    tls_context, None, trace)))
         except qr.LocalFault as fault:
             result = qr.Result(fault.report)
-    return Outcome(0, qr.output_of(result), b'', time.monotonic() - start)
+        outcome = Outcome(0, qr.output_of(result), b'',
+                          time.monotonic() - start)
+        seen.seek(0)
+        outcome.trace = seen.read().decode().splitlines()
+    return outcome
 
 
 def converse(row):
@@ -6477,7 +6484,8 @@ def converse(row):
         + ['  %.600r' % report for report in row.reports] + ['got:']
         + ['  %.600r' % report for report in got] + ['the server saw:']
         + ['  ' + line[:200] for server in servers
-           for line in server.transcript[-40:]])
+           for line in server.transcript[-40:]] + ['the client:']
+        + ['  ' + line[:200] for line in outcome.trace[-40:]])
 
 
 class Dialogues(unittest.TestCase):
@@ -6772,8 +6780,9 @@ class Matrix(Dialogues):
                     yield row(
                         '%s, in mid-message: %s' % (way, lines + [end]),
                         [TLS_REFUSED] * (way == 'TLS failed') + [
-                            begun + says(*lines) + end],
-                        *oracle(way, 'message', lines), message=BIG,
+                            'narrow\n' + begun + says(*lines) + end],
+                        *oracle(way, 'message', lines),
+                        message=BIG[:1000000], narrow=True,
                         control=LOGIN_ROUTE if 'no AUTH' in way else {})
         self.play(rows())
 
@@ -10889,6 +10898,17 @@ class Survey(Tables):
              b'Remote host said: 550 no\n', True),
             (result.report, result.try_next))
         self.assertEqual(hello + b'MAIL ', sent)
+
+    def test_a_334_too_many(self):
+        """The dialogue is called off, so that QUIT is no answer in it."""
+        wait, plain = BlockingIOError(), b'AHUAcA=='
+        session = self.session([wait, b'334 \r\n', wait, b'334 \r\n'], [],
+                               offered=[b'PLAIN'])
+        self.check(qr.AUTH_REJECTED % (b'127.0.0.2', b'plain') +
+                   b'Remote host said: 334 \n',
+                   lambda: session.authenticate().report)
+        self.assertEqual(b'AUTH PLAIN %s\r\n%s\r\n*\r\nQUIT\r\n' % (
+            plain, plain), session.dialogue.connection.sock.data)
 
     def test_no_password_without_verified_tls(self):
         """The last guard, whatever choose_tls() may have made of it."""
