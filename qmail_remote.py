@@ -104,7 +104,7 @@ QMAIL_HOME = "/var/qmail"
 class Record:
     """A record with the fields that __slots__ names, in their order.  One
     field too few or too many is a TypeError."""
-    __slots__ = ()
+    __slots__: tuple = ()
 
     def __init__(self, *fields):
         if len(fields) != len(self.__slots__):
@@ -468,7 +468,8 @@ class Trace:
             curses.setupterm(None, self.fd)
             if curses.tigetnum('colors') < 8:
                 return
-            colour, self.plain = map(curses.tigetstr, ('setaf', 'sgr0'))
+            colour = curses.tigetstr('setaf') or b''
+            self.plain = curses.tigetstr('sgr0') or b''
             self.colours = {mark: curses.tparm(colour, number) for
                             mark, number in ((self.SENT, 6),
                                              (self.RECEIVED, 2),
@@ -817,7 +818,7 @@ SIGNED_FILES = [b'control/' + name for name in (
 def control_signature(more=()):
     """A list that changes when one of SIGNED_FILES, or of the paths in more,
     changes, or a symbolic link in its place."""
-    signature = []
+    signature: list = []
     for path in SIGNED_FILES + list(more):
         for status_of in os.lstat, os.stat:
             try:
@@ -2584,7 +2585,8 @@ def can_show_chain():
     except ImportError:
         return False
     return hasattr(ssl.SSLObject, 'get_unverified_chain') or \
-        hasattr(ssl._ssl._SSLSocket, 'get_unverified_chain')
+        hasattr(ssl._ssl._SSLSocket,            # type: ignore
+                'get_unverified_chain')
 
 
 def shown_chain(ssl_object):
@@ -3014,7 +3016,7 @@ class Connection:
         deadline = self.clock() + seconds
         try:
             if self.tls:
-                data = self._encrypt(data, deadline)
+                data = self._encrypt(self.tls, data, deadline)
             return self._push(data, deadline, True, stop_on_input)
         except ConnectionLost as lost:
             self._drain_input(lost.diagnostic)
@@ -3022,15 +3024,15 @@ class Connection:
                 raise
             return False
 
-    def _encrypt(self, data, deadline):
+    def _encrypt(self, tls, data, deadline):
         """What has to go out for data: first what TLS itself has to send,
         then data, encrypted."""
-        while not self.tls.encrypt(data):       # a renegotiation
-            output = self.pending_tls_output + self.tls.output()
+        while not tls.encrypt(data):       # a renegotiation
+            output = self.pending_tls_output + tls.output()
             self.pending_tls_output = b''
             self._push(output, deadline)
-            self.input += self.tls.decrypt(self._receive(deadline))[0]
-        data = self.pending_tls_output + self.tls.output()
+            self.input += tls.decrypt(self._receive(deadline))[0]
+        data = self.pending_tls_output + tls.output()
         self.pending_tls_output = b''
         return data
 
@@ -3101,7 +3103,7 @@ class Connection:
         try:
             if not self.failure:
                 if self.tls:
-                    data = self._encrypt(data, self.clock())
+                    data = self._encrypt(self.tls, data, self.clock())
                 self.sock.send(data)
         except (OSError, ConnectionLost):
             pass
@@ -3842,9 +3844,9 @@ class Session:
         """RFC 4616, with an initial response; some servers want it again."""
         user, password = self.route.credentials
         secret = self.encode(b'\0' + user + b'\0' + password, b'(plain)')
-        line, want = b'AUTH PLAIN ' + secret, (235, 334)
+        line, want = b'AUTH PLAIN ' + secret, {235, 334}
         if len(line) > AUTH_COMMAND_MAX:
-            line, want = b'AUTH PLAIN', (334,)
+            line, want = b'AUTH PLAIN', {334}
         try:
             reply = self.auth_step(want, b'AUTH PLAIN', line)
         except AuthFailed as failed:
@@ -4167,6 +4169,8 @@ class Envelope(Record):
     """sender and recipients (bytes) as they go between < and >; None in the
     place of a recipient that must never be sent."""
     __slots__ = ('sender', 'recipients')
+    sender: bytes
+    recipients: list
 
 
 def deliver(host, sender, recipients, control, context):
@@ -4410,6 +4414,7 @@ class Command(Record):
     recipient: the addresses (all bytes).  too_long: one of these three had
     more than SPAWN_FIELD_MAX bytes, and was cut there."""
     __slots__ = ('delnum', 'messid', 'sender', 'recipient', 'too_long')
+    recipient: bytes
 
     def host(self):
         """What follows the last @ (qmail-rspawn.c, spawn())."""
@@ -4594,6 +4599,7 @@ class WorkerConfig(Record):
     signature   the control_signature() of the files that this was read from;
                 None: read them again before the next delivery"""
     __slots__ = ('control', 'fault', 'tls_cache', 'signature')
+    control: Control
 
     def batch_limit(self):
         """How many recipients go together.  There is nothing to wait for if
@@ -4651,11 +4657,13 @@ class JobRunner:
     def run(self, job):
         """Makes one delivery.  job: messid, sender, host, recipients (bytes),
         as Spawner.dispatch() sends them.  Returns the verdicts()."""
-        result = result_of(lambda: self.deliver(*job[:3], job[3:]))
+        messid, sender, host, *recipients = job
+        result = result_of(
+            lambda: self.deliver(messid, sender, host, recipients))
         try:
-            return verdicts(result, len(job[3:]))
+            return verdicts(result, len(recipients))
         except Exception:       # no memory: the outcome stays
-            return verdicts(brief(result), len(job[3:]))
+            return verdicts(brief(result), len(recipients))
 
     def deliver(self, messid, sender, host, recipients):
         """The Result of one delivery.  Raises LocalFault."""
@@ -4879,7 +4887,7 @@ class WorkerPool:
     def kill_worker(self, worker):
         """Ends a worker that has failed.  Its process id cannot be that of
         another process: it has not been reaped."""
-        import _signal
+        import _signal          # type: ignore  # mypy does not know it
         try:
             os.kill(worker.pid, _signal.SIGKILL)
         except OSError:
