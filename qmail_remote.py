@@ -219,7 +219,7 @@ LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 # Permanent (D; h for one recipient).
 USAGE = b'DI (qmail-remote) was invoked improperly. (#5.3.5)\n'
-DNS_HARD = b"DSorry, I couldn't find any host named %s. (#5.1.2)\n"
+NO_HOST = b"DSorry, I couldn't find any host named %s. (#5.1.2)\n"
 NO_ADDRESS = b"DSorry, I couldn't find a mail exchanger or IP address. " \
     b"(#5.4.4)\n"
 NULL_MX = b'DSorry, %s does not accept mail. (#5.1.10)\n'
@@ -256,9 +256,10 @@ NO_MEMORY = b'ZOut of memory. (#4.3.0)\n'
 NO_RESOURCES = b'ZSystem resources temporarily unavailable. (#4.3.0)\n'
 KILLED = b'ZI was told to stop. (#4.3.0)\n'
 NO_MESSAGE = b'ZUnable to read message. (#4.3.0)\n'
-DNS_SOFT = b"ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
-RELAY_HARD = b"ZSorry, I couldn't find the relay %s. (#4.4.4)\n"
-TLSA_SOFT = b"ZSorry, I couldn't look up the TLSA records of %s. (#4.4.3)\n"
+DNS_TEMPORARY = b"ZSorry, I couldn't find any host by that name. (#4.1.2)\n"
+NO_RELAY = b"ZSorry, I couldn't find the relay %s. (#4.4.4)\n"
+TLSA_TEMPORARY = b"ZSorry, I couldn't look up the TLSA records of %s. " \
+    b"(#4.4.3)\n"
 
 # Temporary (Z), because of the servers.
 NO_CONNECTION = b"ZSorry, I wasn't able to establish an SMTP connection. " \
@@ -1264,91 +1265,122 @@ def follow(records, wire_name, qtype, most=DNS_LINKS_MAX):
 
 
 # -------------------------------------------------------------- 8. DNS lookups
-# The only code that asks.  Each question is a generator that yields what it
-# waits for, (socket, whether for writing, deadline); run_concurrently() runs
-# any number of them together.
+# The only code that asks name servers.  Each question is a generator.  It
+# yields what it waits for, (socket, whether to write, deadline), and
+# run_concurrently() runs any number of them together.
 
 class NameServer(Record):
-    """family and sockaddr as sockets want them; trusted: it is on this
-    host, where resolvers that validate are, or resolv.conf(5) says so.  What
-    merely forwards, such as Docker's 127.0.0.11, would pass on an AD that
-    anybody on the way to it could set."""
-    __slots__ = ('family', 'sockaddr', 'trusted')
+    """family and sockaddr: the address as the socket module wants it."""
+    __slots__ = ('family', 'sockaddr')
+    family: int
+    sockaddr: tuple
 
 
 class DnsConfig(Record):
-    """servers: NameServers; timeout in seconds, attempts: rounds over all
-    of them; tcp: never UDP (resolv.conf(5), use-vc)."""
-    __slots__ = ('servers', 'timeout', 'attempts', 'tcp')
+    """Which name servers are asked, and how (resolv.conf(5)).
+
+    servers   NameServers, 1 to DNS_SERVERS_MAX
+    trusted   AD in their answers is believed: all of them are on this host,
+              where resolvers that validate are, or resolv.conf says trust-ad.
+              A mere forwarder, such as Docker's 127.0.0.11, would pass on an
+              AD that an attacker between it and its server has set
+    timeout   seconds for one server
+    attempts  rounds over all servers
+    tcp       never UDP (use-vc)"""
+    __slots__ = ('servers', 'trusted', 'timeout', 'attempts', 'tcp')
+    servers: list
+    trusted: bool
+    timeout: int
+    attempts: int
+    tcp: bool
 
 
 class Lookup(Record):
-    """What became of a question.  status: OK (values may be empty: the name
-    has none), NONE (there is no such name), SOFT (unknown for now) or LATE
-    (the same, but it was not waited for as long as one may); authentic:
-    validated by a server that we may believe; name: where the CNAMEs from
-    the name led."""
-    __slots__ = ('status', 'values', 'authentic', 'name')
-    OK, NONE, SOFT, LATE = 'ok', 'none', 'soft', 'late'
+    """What became of a question.
+
+    status     OK: the name exists; values may be empty.
+               NO_NAME: there is no such name.
+               TEMPORARY: no server gave a usable answer.
+               LATE: the answer is still out, and was not waited for
+    values     see read_value()
+    authentic  validated by a server that is trusted, at every step
+    wire_name  where the CNAMEs from the name lead"""
+    __slots__ = ('status', 'values', 'authentic', 'wire_name')
+    status: str
+    values: list
+    authentic: bool
+    wire_name: bytes
+    OK, NO_NAME, TEMPORARY, LATE = 'ok', 'no name', 'temporary', 'late'
 
     def unknown(self):
-        """Whether nothing is known for now."""
-        return self.status in (Lookup.SOFT, Lookup.LATE)
+        """Whether a later question may be answered otherwise."""
+        return self.status in (Lookup.TEMPORARY, Lookup.LATE)
 
 
-def name_server(text, port=DNS_PORT):
-    """1.2.3.4, ::1, fe80::1%eth0, 1.2.3.4:53, [::1] or [::1]:53 as a
-    NameServer; None if it is nothing of the kind."""
-    bracket = text.startswith(b'[')
-    if text.endswith(b']') and bracket:
-        text, bracket = text[1:-1], False
-    elif bracket or text.count(b':') == 1:
-        text, _, digits = text.rpartition(b':')
-        if not digits.isdigit() or len(digits) > 5 or \
-                not 0 < int(digits) < 65536:
-            return None
-        port = int(digits)
-    if bracket:
-        text = text[1:-1] if text.endswith(b']') else b''
-    text, percent, zone = text.partition(b'%')
-    address, scope = canonical(text), 0
+def split_port(text):
+    """(address, port) of 1.2.3.4, 1.2.3.4:53, ::1, [::1] or [::1]:53; the
+    address is not checked.  Raises Invalid."""
+    if text.startswith(b'['):
+        address, bracket, rest = text[1:].partition(b']')
+        if not bracket or rest[:1] not in (b'', b':'):
+            raise Invalid(text)
+        return address, parse_port(rest[1:]) if rest else DNS_PORT
+    if text.count(b':') == 1:
+        address, _, digits = text.partition(b':')
+        return address, parse_port(digits)
+    return text, DNS_PORT
+
+
+def scope_id(zone):
+    """The scope of an IPv6 address: a number, or the name of an interface
+    (RFC 4007 11).  Raises OSError, ValueError."""
+    if zone.isdigit() and len(zone) < 10:
+        return int(zone)
+    return socket.if_nametoindex(zone.decode('ascii', 'replace'))
+
+
+def name_server(text):
+    """The NameServer of an address, with or without a port, see split_port(),
+    or a zone: fe80::1%eth0.  None if text is none of these."""
+    try:
+        place, port = split_port(text)
+        place, percent, zone = place.partition(b'%')
+        scope = scope_id(zone) if percent else 0
+    except (Invalid, OSError, ValueError):
+        return None
+    address = canonical(place)
     if address is None:
         return None
-    try:
-        if percent:
-            scope = int(zone) if zone.isdigit() and len(zone) < 10 else \
-                socket.if_nametoindex(zone.decode('ascii', 'replace'))
-    except (OSError, ValueError):
-        return None
-    if b':' in address:
-        return NameServer(socket.AF_INET6, (address, port, 0, scope),
-                          address in DNS_TRUSTED)
-    return NameServer(socket.AF_INET, (address, port), address in DNS_TRUSTED)
+    if family_of(address) == socket.AF_INET6:
+        return NameServer(socket.AF_INET6, (address, port, 0, scope))
+    return NameServer(socket.AF_INET, (address, port))
+
+
+def name_servers(texts):
+    """The NameServers of the first DNS_SERVERS_MAX texts that name one."""
+    servers = [name_server(text) for text in texts]
+    return [server for server in servers
+            if server is not None][:DNS_SERVERS_MAX]
 
 
 def parse_resolv_conf(data, override=b''):
-    """resolv.conf(5) and $DNSCACHEIP, if that names any, as a DnsConfig.
-    What is not understood is passed over."""
-    servers, options = [], {}
+    """The DnsConfig of resolv.conf(5), and of $DNSCACHEIP (override) if that
+    names a server.  What is not understood is skipped.  data may be None."""
+    listed, options = [], {}
     for line in (data or b'').split(b'\n'):
         words = line.split()
-        if words[:1] == [b'nameserver'] and len(words) > 1:
-            servers.append(name_server(words[1]))
+        if words[:1] == [b'nameserver']:
+            listed += words[1:2]
         elif words[:1] == [b'options']:
             options.update(word.partition(b':')[::2] for word in words[1:])
-    forced = [name_server(word) for word in override.split()]
-    if b'trust-ad' in options:
-        for server in filter(None, servers):
-            server.trusted = True
-    servers = [server for server in forced if server] or \
-        [server for server in servers if server] or \
-        [name_server(b'127.0.0.1')]
-    # What a trusted server calls bogus is asked of the others, too.
-    for server in servers[:DNS_SERVERS_MAX]:
-        server.trusted = all(each.trusted
-                             for each in servers[:DNS_SERVERS_MAX])
+    servers = name_servers(override.split())
+    trust_ad = not servers and b'trust-ad' in options
+    servers = servers or name_servers(listed) or name_servers([b'127.0.0.1'])
     return DnsConfig(
-        servers[:DNS_SERVERS_MAX],
+        servers,
+        # All or none: what a trusted server calls bogus is asked of the next.
+        trust_ad or all(server.sockaddr[0] in DNS_TRUSTED
+                        for server in servers),
         min(parse_number(options.get(b'timeout'), DNS_TIMEOUT),
             DNS_TIMEOUT_MAX),
         min(parse_number(options.get(b'attempts'), DNS_ATTEMPTS),
@@ -1356,70 +1388,106 @@ def parse_resolv_conf(data, override=b''):
         b'use-vc' in options)
 
 
-def lookup_summary(name, qtype, lookup):
+def value_text(qtype, value):
+    """A value of read_value() to be shown to a person."""
+    if qtype == MX:
+        return b'%d %s' % (value[0], dotted(value[1]))
+    if qtype == TLSA:
+        return b'%d %d %d ' % value[:3] + value[3].hex().encode('ascii')
+    return dotted(value) if qtype == CNAME else value
+
+
+def lookup_summary(wire_name, qtype, lookup):
     """A question and what became of it, for the trace."""
     kind = {A: b'A', AAAA: b'AAAA', MX: b'MX', TLSA: b'TLSA',
             CNAME: b'CNAME'}[qtype]
-    words = {Lookup.NONE: b'no such name',
-             Lookup.SOFT: b'no answer for now',
-             Lookup.LATE: b'no answer yet'}.get(lookup.status)
-    if words is None:
-        words = b', '.join(
-            b'%d %s' % (value[0], dotted(value[1])) if qtype == MX else
-            b'%d %d %d ' % value[:3] + value[3].hex().encode()
-            if qtype == TLSA else dotted(value) if qtype == CNAME else value
-            for value in lookup.values) or b'none'
-    if lookup.name != name:
-        words += b', of ' + dotted(lookup.name)
-    return b'DNS: %s %s: %s%s' % (dotted(name), kind, words,
+    if lookup.status == Lookup.OK:
+        text = b', '.join(value_text(qtype, value)
+                          for value in lookup.values) or b'none'
+    else:
+        text = {Lookup.NO_NAME: b'no such name',
+                Lookup.TEMPORARY: b'temporary failure',
+                Lookup.LATE: b'no answer yet'}[lookup.status]
+    if lookup.wire_name != wire_name:
+        text += b', of ' + dotted(lookup.wire_name)
+    return b'DNS: %s %s: %s%s' % (dotted(wire_name), kind, text,
                                   b' (AD)' if lookup.authentic else b'')
 
 
 def run_concurrently(jobs, wait, clock, enough=None):
-    """Runs generators together; their results in order.  Each yields
-    (socket or None, for writing, deadline) and is resumed when the socket
-    is ready, or with TimedOut.  After DNS_PATIENCE it stops as soon as
-    enough(results) says so, where None stands for those still out."""
-    results, waiting = [None] * len(jobs), {}
-    todo = list(range(len(jobs)))[::-1]
-    early = clock() + DNS_PATIENCE if enough else 0
+    """Runs generators together; returns their results in order.  Each yields
+    (socket or None, whether to write, deadline), and is resumed when the
+    socket is ready, or with TimedOut.  After DNS_PATIENCE seconds the run
+    ends as soon as enough(results) is true; None stands for the result of a
+    job that is not done."""
+    return ConcurrentJobs(jobs, wait, clock).run(enough)
 
-    def resume(index, error=None):
+
+class ConcurrentJobs:
+    """The state of run_concurrently()."""
+
+    def __init__(self, jobs, wait, clock):
+        self.jobs, self.wait, self.clock = jobs, wait, clock
+        self.results = [None] * len(jobs)
+        self.started = 0
+        self.waiting = {}       # index of a job: what it has yielded
+
+    def run(self, enough):
+        """The results; what is not done then is closed."""
+        patience = self.clock() + DNS_PATIENCE if enough else float('inf')
+        self.start()
+        while self.waiting:
+            if self.clock() < patience:
+                self.wait_once(patience)
+            elif enough(self.results):
+                break
+            else:
+                self.wait_once(float('inf'))
+            self.start()
+        for index in self.waiting:
+            self.jobs[index].close()
+        return self.results
+
+    def start(self):
+        """Starts jobs, as many as may run at once."""
+        while self.started < len(self.jobs) and \
+                len(self.waiting) < DNS_TOGETHER:
+            self.started += 1
+            self.resume(self.started - 1)
+
+    def resume(self, index, error=None):
+        """Runs a job until it waits, or ends."""
+        job = self.jobs[index]
         try:
-            waiting[index] = jobs[index].throw(error) if error \
-                else next(jobs[index])
+            self.waiting[index] = job.throw(error) if error else next(job)
         except StopIteration as stop:
-            waiting.pop(index, None)
-            results[index] = stop.value
+            self.waiting.pop(index, None)
+            self.results[index] = stop.value
 
-    while todo or waiting:
-        while todo and len(waiting) < DNS_TOGETHER:
-            resume(todo.pop())
-        if not waiting or (early and clock() >= early and enough(results)):
-            break
-        places = [place for place in waiting.values() if place[0]]
+    def wait_once(self, until):
+        """Waits for the next event, or until then, and resumes whom it
+        concerns."""
+        sockets = [place for place in self.waiting.values()
+                   if place[0] is not None]
         try:
-            ready = wait([sock for sock, writing, _ in places if not writing],
-                         [sock for sock, writing, _ in places if writing],
-                         min([place[2] for place in waiting.values()] +
-                             [early] * (clock() < early)))
+            reading, writing = self.wait(
+                [sock for sock, to_write, _ in sockets if not to_write],
+                [sock for sock, to_write, _ in sockets if to_write],
+                min([until] + [place[2] for place in self.waiting.values()]))
         except TimedOut:
-            ready = [], []
-        ready, now = set(ready[0] + ready[1]), clock()
-        for index, (sock, _, deadline) in list(waiting.items()):
+            reading, writing = [], []
+        ready, now = set(reading + writing), self.clock()
+        for index, (sock, _, deadline) in list(self.waiting.items()):
             if deadline <= now:
-                resume(index, TimedOut())
+                self.resume(index, TimedOut())
             elif sock in ready:
-                resume(index)
-    for index in waiting:
-        jobs[index].close()
-    return results
+                self.resume(index)
 
 
 class Resolver:
-    """Asks the name servers of config, first the one that answered last:
-    here, or before this Resolver was made (first: a NameServer, or None).
-    wait and clock: see The line."""
+    """Asks the name servers of config, a DnsConfig.  Begins with the one that
+    answered last; at first that is the NameServer first, if it is one of
+    them.  wait and clock: see section 12."""
 
     def __init__(self, config, wait, clock, trace=NO_TRACE, first=None):
         self.config, self.wait, self.clock = config, wait, clock
@@ -1427,89 +1495,88 @@ class Resolver:
         self.first = config.servers.index(first) \
             if first in config.servers else 0
         self.open = 0           # sockets in use
-        self.left = DNS_BYTES_MAX
+        self.left = DNS_BYTES_MAX       # bytes of answers that may come
 
     def preferred(self):
         """The NameServer that is asked first."""
         return self.config.servers[self.first]
 
     def trusted(self):
-        """Whether an AD in the answers counts."""
-        return all(server.trusted for server in self.config.servers)
+        """Whether AD in the answers is believed."""
+        return self.config.trusted
 
     def ask(self, questions, enough=None):
-        """Asks all questions, pairs of a wire name and a type, side by
-        side; a list of Lookups.  Takes at most the time that one question
-        may take (rounds * servers * timeout), for up to DNS_TOGETHER.  enough
-        as in run_concurrently(); what is out then is LATE."""
-        lookups = run_concurrently([self._told(name, qtype)
-                                for name, qtype in questions],
-                               self.wait, self.clock, enough)
-        for index, (name, qtype) in enumerate(questions):
+        """The Lookups of questions, pairs of a wire name and a type, asked
+        together.  Takes at most the time of one question (attempts * servers
+        * timeout), for up to DNS_TOGETHER questions.  enough: see
+        run_concurrently(); what is not answered by then is LATE."""
+        lookups = run_concurrently(
+            [self._resolve(*question) for question in questions],
+            self.wait, self.clock, enough)
+        for index, (wire_name, qtype) in enumerate(questions):
             if lookups[index] is None:
-                lookups[index] = Lookup(Lookup.LATE, [], False, name)
-                self._tell(name, qtype, lookups[index])
+                lookups[index] = Lookup(Lookup.LATE, [], False, wire_name)
+                self._show(wire_name, qtype, lookups[index])
         return lookups
 
-    def _told(self, name, qtype):
-        lookup = yield from self._resolve(name, qtype)
-        self._tell(name, qtype, lookup)
+    def _resolve(self, wire_name, qtype):
+        """A job: the Lookup of a question, which the trace shows at once."""
+        try:
+            lookup = yield from self._follow_aliases(wire_name, qtype)
+        except Malformed:       # a chain of CNAMEs that is too long
+            lookup = Lookup(Lookup.TEMPORARY, [], False, wire_name)
+        self._show(wire_name, qtype, lookup)
         return lookup
 
-    def _tell(self, name, qtype, lookup):
+    def _show(self, wire_name, qtype, lookup):
         if self.trace.fd is not None:
-            self.trace.write(Trace.NOTE, lookup_summary(name, qtype, lookup))
+            self.trace.write(Trace.NOTE,
+                             lookup_summary(wire_name, qtype, lookup))
 
-    def _resolve(self, name, qtype):
-        config, links, authentic = self.config, 0, True
+    def _follow_aliases(self, wire_name, qtype):
+        """The Lookup of a question.  An answer that ends with a CNAME, and
+        has no SOA, leads to a question for its target.  Raises Malformed
+        after DNS_LINKS_MAX CNAMEs."""
+        config, name, links = self.config, wire_name, 0
+        authentic = config.trusted
         end = self.clock() + \
             config.attempts * len(config.servers) * config.timeout
-        soft = Lookup(Lookup.SOFT, [], False, name)
-        try:
-            while True:
-                answer = yield from self._any_server(name, qtype, end)
-                if answer is None:
-                    return soft
-                authentic = authentic and answer.authentic
-                values, name, more = follow(answer.records, name, qtype,
-                                            DNS_LINKS_MAX - links)
-                links += more
-                if values:
-                    return Lookup(Lookup.OK, values, authentic, name)
-                if answer.rcode == NXDOMAIN:
-                    return Lookup(Lookup.NONE, [], authentic, name)
-                if answer.has_soa or not more:
-                    return Lookup(Lookup.OK, [], authentic, name)
-        except Malformed:       # a chain without end: somebody's slip
-            return soft
+        while True:
+            answer = yield from self._any_server(name, qtype, end)
+            if answer is None:
+                return Lookup(Lookup.TEMPORARY, [], False, wire_name)
+            authentic = authentic and answer.authentic
+            values, name, more = follow(answer.records, name, qtype,
+                                        DNS_LINKS_MAX - links)
+            links += more
+            if not values and answer.rcode == NXDOMAIN:
+                return Lookup(Lookup.NO_NAME, [], authentic, name)
+            if values or answer.has_soa or not more:
+                return Lookup(Lookup.OK, values, authentic, name)
 
     def _any_server(self, name, qtype, end):
-        """The first Answer that is one, None if no server gives any until
-        end.  The rounds after the first do without EDNS: what lost the
-        question may have been a middlebox that does not know it."""
-        config, count = self.config, len(self.config.servers)
-        for attempt in range(config.attempts):
+        """The first Answer that settles() the question; None if there is none
+        before end.  Rounds after the first do without EDNS: a middlebox that
+        does not know EDNS may have dropped the question."""
+        count = len(self.config.servers)
+        for attempt in range(self.config.attempts):
             first = self.first
             for turn in range(count):
                 index = (first + turn) % count
                 try:
                     answer = yield from self._server(
-                        config.servers[index], name, qtype, attempt == 0,
-                        min(end, self.clock() + config.timeout))
-                    if not settles(answer, name, qtype):
-                        continue
+                        self.config.servers[index], name, qtype, attempt == 0,
+                        min(end, self.clock() + self.config.timeout))
+                    if settles(answer, name, qtype):
+                        self.first = index
+                        return answer
                 except TooMuch:
                     return None
                 except (Malformed, TimedOut):
-                    continue
+                    pass
                 except OSError as error:
                     if error.errno in LOCAL_ERRORS:
                         raise
-                    continue
-                self.first = index
-                if not config.servers[index].trusted:
-                    answer.authentic = False
-                return answer
         return None
 
     def _server(self, server, name, qtype, edns, deadline):
@@ -1517,7 +1584,7 @@ class Resolver:
         while True:
             ident = struct.unpack('>H', os.urandom(2))[0]
             packet = build_question(ident, name, qtype, edns,
-                                    server.trusted)
+                                    self.config.trusted)
 
             def understand(reply):
                 return parse_answer(reply, ident, name, qtype)
@@ -1557,13 +1624,14 @@ class Resolver:
         sock.close()
 
     def _take(self, size):
-        """Allows for an answer of size bytes.  What they hold is other
-        people's; a zone of 384 answers of 64 KB would cost seconds."""
+        """Counts an answer of size bytes.  Raises TooMuch: reading what a
+        hostile zone sends, 384 answers of 64 KiB, would take seconds."""
         if size > self.left:
             raise TooMuch('bytes')
         self.left -= size
 
     def _udp(self, server, packet, understand, deadline):
+        """One server's Answer over UDP; other datagrams are ignored."""
         sock = yield from self._socket(server, socket.SOCK_DGRAM, deadline)
         try:
             bind_random_port(sock, server.family)
@@ -1584,7 +1652,7 @@ class Resolver:
             self._close(sock)
 
     def _tcp(self, server, packet, understand, deadline):
-        """The same over TCP (RFC 1035 4.2.2, RFC 7766)."""
+        """One server's Answer over TCP (RFC 1035 4.2.2, RFC 7766)."""
         sock = yield from self._socket(server, socket.SOCK_STREAM, deadline)
         try:
             try:
@@ -1615,8 +1683,8 @@ class Resolver:
 
 
 def bind_random_port(sock, family):
-    """A source port that nobody can guess (RFC 5452), whatever the kernel
-    would choose; if none of eight is free, the kernel's choice."""
+    """Binds to a source port that cannot be guessed (RFC 5452); if none of
+    eight random ones is free, the kernel will choose."""
     host = b'0.0.0.0' if family == socket.AF_INET else b'::'
     for number in struct.unpack('>8H', os.urandom(16)):
         try:
@@ -1626,7 +1694,7 @@ def bind_random_port(sock, family):
 
 
 def raise_error_of(sock):
-    """Raises the OSError that a connect() without waiting ended with."""
+    """Raises the OSError of a connect() that did not wait, if it failed."""
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
         raise OSError(error, os.strerror(error))
@@ -1722,7 +1790,7 @@ def find_servers(host, route, resolver, own, hurry=False):
     Undeliverable if there is none (RFC 5321 5.1)."""
     port = route.port or PORT_SMTP
     target, relay = route.relay or host, route.relay is not None
-    missing = (RELAY_HARD if relay else DNS_HARD) % printable(target)
+    missing = (NO_RELAY if relay else NO_HOST) % printable(target)
     address, next_hop = literal(target), []
     if address is not None:
         found, soft = [Exchanger(0, None, [address], [], None)], []
@@ -1740,7 +1808,7 @@ def find_servers(host, route, resolver, own, hurry=False):
         soft += rest
         if not found:
             exists = exists or exchangers != [(0, name)]    # MX says so
-            raise Undeliverable(DNS_SOFT if soft else missing
+            raise Undeliverable(DNS_TEMPORARY if soft else missing
                          if relay or not exists else NO_ADDRESS)
     if not relay:
         found = better_than_own(found, soft, own)
@@ -1784,8 +1852,8 @@ def find_exchangers(name, resolver, missing, host):
     that fails for now never falls back to A."""
     lookup, = resolver.ask([(name, MX)])
     if lookup.unknown():
-        raise Undeliverable(DNS_SOFT)
-    if lookup.status == Lookup.NONE:
+        raise Undeliverable(DNS_TEMPORARY)
+    if lookup.status == Lookup.NO_NAME:
         raise Undeliverable(missing)
     exchangers = [pair for pair in lookup.values if pair[1] != b'\0']
     if lookup.values and not exchangers:
@@ -1796,7 +1864,7 @@ def find_exchangers(name, resolver, missing, host):
     ordered = [(preference, name) for name, preference in best.items()]
     return ordered[:EXCHANGERS_MAX], lookup.authentic, \
         [preference for preference, _ in ordered[EXCHANGERS_MAX:]], \
-        lookup.name
+        lookup.wire_name
 
 
 def find_addresses(exchangers, resolver, tlsa_port, hurry):
@@ -1889,7 +1957,8 @@ def is_settled(name, known, lookups, port):
     if not known:
         return lookups[name, A] is not None and \
             lookups[name, AAAA] is not None
-    if all(not lookup.authentic and lookup.name == name for lookup in known):
+    if all(not lookup.authentic and lookup.wire_name == name
+           for lookup in known):
         return True
     return all(lookups[question] is not None
                for question in questions_about(name, port)[2:])
@@ -1909,8 +1978,8 @@ def alias_questions(port, lookups):
     is, for then their own TLSA records count (RFC 7672 2.2.2)."""
     questions = set()
     for (name, qtype), lookup in lookups.items():
-        if qtype != TLSA and lookup.values and lookup.name != name:
-            questions.update(tlsa_questions(port, [lookup.name])
+        if qtype != TLSA and lookup.values and lookup.wire_name != name:
+            questions.update(tlsa_questions(port, [lookup.wire_name])
                              if lookup.authentic else [(name, CNAME)])
     return list(questions)
 
@@ -1919,8 +1988,8 @@ def find_tlsa(name, addresses, port, lookups):
     """(the TLSA records of an exchanger as in Server, the name that has
     them): of the name that an alias stands for before the alias itself
     (RFC 7672 2.2.2)."""
-    for base in [lookup.name for lookup in addresses
-                 if lookup.values and lookup.name != name] + [name]:
+    for base in [lookup.wire_name for lookup in addresses
+                 if lookup.values and lookup.wire_name != name] + [name]:
         for question in tlsa_questions(port, [base]) if port else ():
             records = dane_records(addresses, lookups.get(question),
                                    lookups.get((base, CNAME)))
@@ -1965,8 +2034,9 @@ def better_than_own(found, soft, own):
         found = [exchanger for exchanger in found
                  if exchanger.preference < limit]
         if not found:
-            raise Undeliverable(DNS_SOFT if min(soft, default=limit) < limit
-                         else OWN_ADDRESS)
+            raise Undeliverable(
+                DNS_TEMPORARY if min(soft, default=limit) < limit
+                else OWN_ADDRESS)
     return found
 
 
@@ -4251,7 +4321,7 @@ class ServerTry:
         """The Result.  Raises LocalFault."""
         server, files = self.server, self.tls_control
         if server.tlsa is None and files.pem is None and not files.never:
-            return Result(TLSA_SOFT % server.name, try_next=True,
+            return Result(TLSA_TEMPORARY % server.name, try_next=True,
                           reached=False, diagnostic=b'TLSA lookup failed')
         policy = choose_tls(server, self.has_password(), files)
         if policy.level == TlsPolicy.CONFLICT:

@@ -1218,12 +1218,12 @@ class ControlFiles(Tables):
 
     def test_values(self):
         """Values compare by type and fields, and show both."""
-        server = qr.NameServer(2, ('192.0.2.1', 53), True)
-        self.assertEqual(server, qr.NameServer(2, ('192.0.2.1', 53), True))
-        self.assertNotEqual(server, qr.NameServer(2, ('192.0.2.2', 53), True))
-        self.assertNotEqual(server, (2, ('192.0.2.1', 53), True))
+        server = qr.NameServer(2, ('192.0.2.1', 53))
+        self.assertEqual(server, qr.NameServer(2, ('192.0.2.1', 53)))
+        self.assertNotEqual(server, qr.NameServer(2, ('192.0.2.2', 53)))
+        self.assertNotEqual(server, (2, ('192.0.2.1', 53)))
         self.assertIn('192.0.2.1', repr(server))
-        for fields in (2, ('192.0.2.1', 53)), (2, ('192.0.2.1', 53), True, 0):
+        for fields in (2,), (2, ('192.0.2.1', 53), True):
             self.assertRaises(TypeError, qr.NameServer, *fields)
 
     def test_first_line(self):
@@ -2450,28 +2450,29 @@ class NameServers(Tables):
         docker = b'nameserver 127.0.0.11\n'
         option = b'options trust-ad\n'
         for data, override, want in (
-                (here, b'', [True]), (away, b'', [False]),
-                (b'nameserver ::1\n', b'', [True]),
-                (b'nameserver 2001:db8::1\n', b'', [False]),
-                (here + away, b'', [False, False]),
-                (away + here, b'', [False, False]),
-                (option + away, b'', [True]),
-                (away + here + option, b'', [True, True]),
-                (option + away, b'192.0.2.2', [False]),
-                (away, b'127.0.0.1 [::1]:53', [True, True]),
-                (here, b'127.0.0.1 192.0.2.2', [False, False]),
-                (here * 3 + away, b'', [True] * 3), (b'', b'', [True]),
+                (here, b'', True), (away, b'', False),
+                (b'nameserver ::1\n', b'', True),
+                (b'nameserver 2001:db8::1\n', b'', False),
+                (here + away, b'', False),
+                (away + here, b'', False),
+                (option + away, b'', True),
+                (away + here + option, b'', True),
+                (option + away, b'192.0.2.2', False),
+                (away + b'options edns0 trust-ad', b'', True),
+                (b'', b'127.0.0.1:5353 [2001:db8::1]:53', False),
+                (away, b'127.0.0.1 [::1]:53', True),
+                (here, b'127.0.0.1 192.0.2.2', False),
+                (here * 3 + away, b'', True), (b'', b'', True),
                 # Docker's resolver, and whatever else merely forwards
-                (docker, b'', [False]), (docker + option, b'', [True]),
-                (here + docker, b'', [False, False]),
-                (b'nameserver 127.0.0.54\n', b'', [False]),
-                (b'nameserver 127.1.1.1\n', b'', [False]),
-                (b'', b'127.0.0.11', [False]),
-                (b'nameserver ::ffff:127.0.0.11\n', b'', [False]),
-                (b'nameserver ::ffff:127.0.0.1\n', b'', [True])):
-            self.check(want, lambda: [
-                server.trusted for server in qr.parse_resolv_conf(
-                    data, override).servers])
+                (docker, b'', False), (docker + option, b'', True),
+                (here + docker, b'', False),
+                (b'nameserver 127.0.0.54\n', b'', False),
+                (b'nameserver 127.1.1.1\n', b'', False),
+                (b'', b'127.0.0.11', False),
+                (b'nameserver ::ffff:127.0.0.11\n', b'', False),
+                (b'nameserver ::ffff:127.0.0.1\n', b'', True)):
+            self.check(want, lambda: qr.parse_resolv_conf(
+                data, override).trusted)
 
 
 class SideBySide(Tables):
@@ -2751,15 +2752,18 @@ class Resolving(Tables):
                     ('m', 'MX', ('ok', [(10, dns_name('mx.test'))])),
                     ('v6', 'AAAA', ('ok', [b'2001:db8::1'])),
                     ('null', 'MX', ('ok', [(0, b'\0')])),
-                    ('nowhere', 'A', ('none', [])), ('alias', 'A', self.GOOD),
+                    ('nowhere', 'A', ('no name', [])),
+                    ('alias', 'A', self.GOOD),
                     ('alias', 'AAAA', ('ok', [])),
-                    ('dangling', 'A', ('none', [])), ('l1', 'A', self.GOOD),
-                    ('l0', 'A', ('soft', [])), ('p1', 'A', self.GOOD),
-                    ('p0', 'A', ('soft', [])), ('loop', 'A', ('soft', []))):
+                    ('dangling', 'A', ('no name', [])), ('l1', 'A', self.GOOD),
+                    ('l0', 'A', ('temporary', [])), ('p1', 'A', self.GOOD),
+                    ('p0', 'A', ('temporary', [])),
+                    ('loop', 'A', ('temporary', []))):
                 self.check(want, self.ask, resolver,
                            dns_name(name + '.test'), DNS_TYPES[kind])
             server.queries.clear()
-            self.check(('soft', []), self.ask, resolver, dns_name('x0.test'))
+            self.check(('temporary', []), self.ask, resolver,
+                       dns_name('x0.test'))
             self.assertLess(len(server.queries), 15)
             self.assertIsNone(server.error)
 
@@ -2772,7 +2776,7 @@ class Resolving(Tables):
                 self.check(self.GOOD, self.ask, self.resolver(
                     bad, good, timeout=timeout))
                 self.assertTrue(bad.queries)
-                self.check(('soft', []), self.ask, self.resolver(
+                self.check(('temporary', []), self.ask, self.resolver(
                     bad, timeout=timeout))
                 self.assertLess(time.monotonic() - start, 2)
 
@@ -2787,10 +2791,10 @@ class Resolving(Tables):
                 self.assertEqual(asked, server.asked)
                 self.assertLess(time.monotonic() - start, 2)
         with self.server(no_recursion) as server:
-            self.check(('soft', []), self.ask, self.resolver(server),
+            self.check(('temporary', []), self.ask, self.resolver(server),
                        self.NAME, 28)
         with self.server({'silent': True}) as server:
-            self.check(('soft', []), self.ask, self.resolver(
+            self.check(('temporary', []), self.ask, self.resolver(
                 server, timeout=0.1, options=b'options attempts:2'))
             self.assertEqual(2, len(server.queries))
         for options in (b'', TCP_ONLY) if HAS_IPV6 else ():
@@ -2802,14 +2806,15 @@ class Resolving(Tables):
         """NXDOMAIN is an answer.  An ICMP refusal is one from the host, not
         a reason to wait."""
         with FakeDNS() as ignorant, self.server() as good:
-            self.check(('none', []), self.ask, self.resolver(ignorant, good))
+            self.check(('no name', []), self.ask,
+                       self.resolver(ignorant, good))
             self.assertEqual([], good.queries)
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as port:
                 port.bind(('127.0.0.1', 0))
                 closed = '127.0.0.1:%d' % port.getsockname()[1]
             start = time.monotonic()
             self.check(self.GOOD, self.ask, self.resolver(closed, good))
-            self.check(('soft', []), self.ask, self.resolver(
+            self.check(('temporary', []), self.ask, self.resolver(
                 closed, closed, options=b'options attempts:2'))
             self.assertLess(time.monotonic() - start, 5)
 
@@ -2882,7 +2887,7 @@ class Resolving(Tables):
             self.assertEqual(errno.EMFILE, caught.exception.errno)
             with descriptors_left(2):
                 lookups = resolver.ask([(self.NAME, 1)] * 6)
-            self.assertEqual(['soft'] * 6,
+            self.assertEqual(['temporary'] * 6,
                              [lookup.status for lookup in lookups])
 
     def test_wait(self):
@@ -2929,7 +2934,7 @@ class Resolving(Tables):
                                   (False, True, False)):
             with self.server(ad=ad) as server:
                 resolver = self.resolver(server)
-                resolver.config.servers[0].trusted = trusted
+                resolver.config.trusted = trusted
                 for name in self.NAME, dns_name('nowhere.test'):
                     lookup, = resolver.ask([(name, 1)])
                     self.assertEqual(want, lookup.authentic)
@@ -3009,9 +3014,9 @@ class Zone:
         if kind == qr.CNAME and values:
             values = [dns_name(value.decode()) for value in values]
         if values == SOFT:
-            return qr.Lookup(qr.Lookup.SOFT, [], False, name)
+            return qr.Lookup(qr.Lookup.TEMPORARY, [], False, name)
         if values is None and end not in {n for n, _ in self.records}:
-            return qr.Lookup(qr.Lookup.NONE, [], ad, end)
+            return qr.Lookup(qr.Lookup.NO_NAME, [], ad, end)
         return qr.Lookup(qr.Lookup.OK, values or [], ad, end)
 
 
@@ -3039,10 +3044,10 @@ class WhereTo(Tables):
     NAMES = {address: key.split()[0] + '6' * key.endswith('AAAA')
              for key, values in HOSTS.items() if values != SOFT
              for address in values}
-    REPORTS = {qr.OWN_ADDRESS: 'OWN', qr.DNS_SOFT: 'SOFT',
+    REPORTS = {qr.OWN_ADDRESS: 'OWN', qr.DNS_TEMPORARY: 'SOFT',
                qr.NO_ADDRESS: 'NO ADDRESS', qr.NULL_MX % b'h': 'NULL',
-               qr.DNS_HARD % b'h': 'NO HOST', qr.RELAY_HARD % b'gone': 'HARD',
-               qr.RELAY_HARD % b'no': 'HARD'}
+               qr.NO_HOST % b'h': 'NO HOST', qr.NO_RELAY % b'gone': 'HARD',
+               qr.NO_RELAY % b'no': 'HARD'}
 
     def own(self, address):
         return address in (self.OWN.encode(), b'2001:db8::99')
@@ -3141,10 +3146,10 @@ class WhereTo(Tables):
                 (b'192.0.2.1', 'a'), (b'[192.0.2.1]', 'a'),
                 (b'[IPv6:2001:DB8::6]', 'six6'), (b'[192.0.2.99]', 'OWN')):
             zone = Zone({})
-            self.check(want if isinstance(want, str) else qr.DNS_HARD % want,
+            self.check(want if isinstance(want, str) else qr.NO_HOST % want,
                        self.find, host, zone)
             self.assertEqual([], zone.asked)
-        self.check(qr.DNS_HARD % b'1.2.3.4.', self.find, b'1.2.3.4.', {})
+        self.check(qr.NO_HOST % b'1.2.3.4.', self.find, b'1.2.3.4.', {})
         self.check('a', self.find, b'UPPER.case.', {'upper.case A': self.A})
 
     def test_relays(self):
@@ -4706,7 +4711,7 @@ class Trying(Tables):
                  refused * 2 + qr.NO_RECIPIENT + b'\0'),
                 ((b'h', b'', b'\n', b'b'), qr.PARTIAL_LINE + b'\0'),
                 ((b'nowhere', b'', b'b'),
-                 qr.DNS_HARD % b'nowhere' + b'\0')):
+                 qr.NO_HOST % b'nowhere' + b'\0')):
             self.check(want, output, *args)
 
 
@@ -5506,7 +5511,7 @@ class FuzzCase(FuzzClock):
 
     def lookup(self, name, qtype):
         if self.chance.random() < .01:
-            return qr.Lookup(qr.Lookup.SOFT, [], False, name)
+            return qr.Lookup(qr.Lookup.TEMPORARY, [], False, name)
         if qtype == qr.MX:
             return qr.Lookup(qr.Lookup.OK, [
                 (10 * index, b'\3mx%d\0' % index)
@@ -6036,7 +6041,7 @@ class FuzzLookup(FuzzClock):
                              for packet in self.shown)
                          for value in lookup.values),
                      'no packet holds %r' % lookup.values)
-            self.law(lookup.status != 'none' or 3 in codes,
+            self.law(lookup.status != 'no name' or 3 in codes,
                      'no such name, says nobody')
             self.law(lookup.status != 'ok' or codes & {0, 3},
                      'an answer without NOERROR')
@@ -8142,7 +8147,7 @@ class Terminal(unittest.TestCase):
                                   dns=dns.dns)
             self.assertIn(b'MX: no such name\n', seen)
             seen, _ = on_terminal(home, 'y.example', '', 'r@y.example')
-            self.assertIn(b'MX: no answer for now\n', seen)
+            self.assertIn(b'MX: temporary failure\n', seen)
 
     def test_secrets_never_appear(self):
         """Nor what they look like on the wire, sent or echoed."""
@@ -8729,7 +8734,7 @@ class SpawnTables(Tables):
 
     def test_verdicts_before_anybody_was_told(self):
         """What holds for one holds for all."""
-        for text in qr.NO_CONTROL, qr.BAD_SENDER, qr.DNS_SOFT:
+        for text in qr.NO_CONTROL, qr.BAD_SENDER, qr.DNS_TEMPORARY:
             self.assertEqual([text] * 3, qr.verdicts(qr.Result(text), 3))
         self.assertEqual(
             [b'D' + qr.BAD_RECIPIENT[1:] + qr.NO_RECIPIENT[1:]] * 2,
@@ -11317,14 +11322,14 @@ class TlsTables(Tables):
         a, none, guessed = lookup([b'192.0.2.1']), lookup(), lookup(
             [b'192.0.2.1'], False)
         records = [tlsa(3, 1, 1, 'relay')]
-        soft, answer = lookup(status=qr.Lookup.SOFT, authentic=False), lookup(
+        soft, answer = lookup(status=qr.Lookup.TEMPORARY, authentic=False), lookup(
             records)
         for result, *questions in [
                 (records, a, none, answer), (records, a, a, answer),
                 (records, a, lookup(authentic=False), answer),
                 ([], guessed, none, answer), ([], a, guessed, answer),
                 ([], a, none, lookup(records, False)), ([], a, none, none),
-                ([], a, none, lookup(status=qr.Lookup.NONE)),
+                ([], a, none, lookup(status=qr.Lookup.NO_NAME)),
                 (None, a, none, soft), ([], guessed, none, soft),
                 ([], a, none, None)]:
             self.check(result, qr.dane_records, questions[:2], questions[2])
