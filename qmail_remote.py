@@ -382,15 +382,6 @@ class TlsFailed(Exception):
         self.certificate, self.silent = certificate, silent
 
 
-class Undeliverable(Exception):
-    """DNS gives no server to send to.  report: the message report
-    (bytes)."""
-
-    def __init__(self, report):
-        Exception.__init__(self, report)
-        self.report = report
-
-
 class TimedOut(Exception):
     """A deadline has passed."""
 
@@ -1316,6 +1307,10 @@ class Lookup(Record):
         """Whether a later question may be answered otherwise."""
         return self.status in (Lookup.TEMPORARY, Lookup.LATE)
 
+    def is_secure(self):
+        """Whether there are values, and they are authentic."""
+        return self.authentic and bool(self.values)
+
 
 def split_port(text):
     """(address, port) of 1.2.3.4, 1.2.3.4:53, ::1, [::1] or [::1]:53; the
@@ -1465,15 +1460,15 @@ class ConcurrentJobs:
             self.results[index] = stop.value
 
     def wait_once(self, until):
-        """Waits for the next event, or until then, and resumes whom it
-        concerns."""
-        sockets = [place for place in self.waiting.values()
-                   if place[0] is not None]
+        """Waits for the next event, or until then, and resumes the jobs that
+        it concerns."""
+        sockets = [], []        # to read, to write
+        for sock, to_write, deadline in self.waiting.values():
+            until = min(until, deadline)
+            if sock is not None:
+                sockets[to_write].append(sock)
         try:
-            reading, writing = self.wait(
-                [sock for sock, to_write, _ in sockets if not to_write],
-                [sock for sock, to_write, _ in sockets if to_write],
-                min([until] + [place[2] for place in self.waiting.values()]))
+            reading, writing = self.wait(sockets[0], sockets[1], until)
         except TimedOut:
             reading, writing = [], []
         ready, now = set(reading + writing), self.clock()
@@ -1702,31 +1697,118 @@ def raise_error_of(sock):
 
 # ------------------------------------------------------------------ 9. Routing
 # The route, the servers in their order, own addresses, tcpto.
+#
+# choose_route() reads the control files' routes.  find_servers() turns the
+# route into a ServerList: exchangers by MX or a relay, their addresses and
+# TLSA records by ExchangerSearch, without those that are no better than this
+# host.  Each step that finds nothing says why in a report.
+
+class Tlsa(Record):
+    """What is known of a server's TLSA records (RFC 7672 2.2).
+
+    status   RECORDS: it has some.  NONE: it has none, or they do not count.
+             UNKNOWN: they may count, but their lookup failed temporarily
+    records  (usage, selector, matching type, data), see read_value()
+    host     the host text of the name that has them: an alias's target, or
+             the server's name; None if it is no host name, or with NONE"""
+    __slots__ = ('status', 'records', 'host')
+    status: str
+    records: list
+    host: 'bytes | None'
+    RECORDS, NONE, UNKNOWN = 'records', 'none', 'unknown'
+
+
+NO_TLSA = Tlsa(Tlsa.NONE, [], None)
+UNKNOWN_TLSA = Tlsa(Tlsa.UNKNOWN, [], None)
+
 
 class Server(Record):
-    """A place to try: IP address (bytes), port, the exchanger's or relay's
-    name (bytes; the address, if it has no host name), its TLSA records (a
-    list, empty without DANE; None: not known for now), the name that has
-    them, which differs if name is an alias, and the names of the domain or
-    relay that the mail is for, as given and where its CNAMEs lead: with
-    usage 2 they are as good as tlsa_name (RFC 7672 3.2.2)."""
-    __slots__ = ('address', 'port', 'name', 'tlsa', 'tlsa_name', 'next_hop')
+    """An address to try.
+
+    address   the IP address
+    port      the port
+    name      the host text of the exchanger or relay; the address if it has
+              none
+    tlsa      a Tlsa
+    next_hop  the host text of the domain or relay that the mail is for, and
+              of the name where its CNAMEs lead; None for what is none"""
+    __slots__ = ('address', 'port', 'name', 'tlsa', 'next_hop')
+    address: bytes
+    port: int
+    name: bytes
+    tlsa: Tlsa
+    next_hop: list
 
     def reference_names(self):
-        """The names that a certificate may be for, with usage 2."""
-        return list(filter(None, [self.tlsa_name] + self.next_hop))
+        """The names that a certificate may be for, where TLSA records of
+        usage 2 decide (RFC 7672 3.2.2)."""
+        return [name for name in [self.tlsa.host] + self.next_hop
+                if name is not None]
+
+
+class ServerList(Record):
+    """What find_servers() has found.
+
+    servers     Servers, in the order to try them
+    report      why there are none (a message report); empty if there are
+    incomplete  answers are still out that may add Servers at the end"""
+    __slots__ = ('servers', 'report', 'incomplete')
+    servers: list
+    report: bytes
+    incomplete: bool
 
 
 class Exchanger(Record):
-    """preference, name (wire form; None: a literal), addresses (in the
-    order to try them), tlsa as in Server, and its name in wire form."""
-    __slots__ = ('preference', 'name', 'addresses', 'tlsa', 'tlsa_name')
+    """preference; wire_name, empty for an IP address; addresses, in the order
+    to try them; tlsa, a Tlsa."""
+    __slots__ = ('preference', 'wire_name', 'addresses', 'tlsa')
+    preference: int
+    wire_name: bytes
+    addresses: list
+    tlsa: Tlsa
+
+
+class Targets(Record):
+    """The names whose addresses are to be looked up.
+
+    pairs      (preference, wire name), best first
+    from_mx    MX records name them; otherwise the only one is the host
+               itself, or the relay
+    authentic  the answer was, so that TLSA records may count
+    left_out   the preferences of those that are too many
+    next_hop   see Server
+    report     why there are none (a message report); empty if there are"""
+    __slots__ = ('pairs', 'from_mx', 'authentic', 'left_out', 'next_hop',
+                 'report')
+    pairs: list
+    from_mx: bool
+    authentic: bool
+    left_out: list
+    next_hop: list
+    report: bytes
+
+
+class Located(Record):
+    """Exchangers with addresses.
+
+    exchangers  Exchangers, in any order
+    report      why there are none (a message report); empty if there are
+    unsure      the preferences of those that may have addresses, or more of
+                them, when DNS is asked again
+    late        answers are still out
+    next_hop    see Server"""
+    __slots__ = ('exchangers', 'report', 'unsure', 'late', 'next_hop')
+    exchangers: list
+    report: bytes
+    unsure: list
+    late: bool
+    next_hop: list
 
 
 def choose_route(host, sender, control):
     """The Route for this host and envelope sender (as given, unquoted).
-    Credentials, whole or not, are kept only for a relay that the
-    administrator named."""
+    A Route without a relay never has credentials, nor the lack of them: they
+    go only to a relay that the administrator named."""
     own = lookup_sender(sender, control.authsenders)
     if own is not None and not own.login_only:
         route = own
@@ -1742,7 +1824,7 @@ def choose_route(host, sender, control):
 
 
 def route_summary(host, sender, route, control):
-    """The choice and where it comes from, for the trace."""
+    """The route and where it comes from, for the trace."""
     own = lookup_sender(sender, control.authsenders)
     by, words = b'DNS', b'the mail exchangers of ' + host
     if own is not None and not own.login_only:
@@ -1763,17 +1845,22 @@ def route_summary(host, sender, route, control):
 
 
 def lookup_host(host, routes):
-    """The first of host, its suffixes from each dot on, and the empty name,
-    that has a route; None if none has (qmail-remote.8, smtproutes)."""
+    """The Route of the first of these that has one: host, its ends that start
+    at a dot, longest first, the empty name; None if none has
+    (qmail-remote.8, smtproutes)."""
     return lookup_suffix(domain_key(host), b'.', routes)
 
 
 def lookup_sender(sender, routes):
-    """The same for a sender, whose parts start at each @ and each dot."""
+    """The Route of the first of these that has one: sender, its ends that
+    start at an @ or a dot, longest first, the empty sender; None if none
+    has."""
     return lookup_suffix(sender.lower(), b'@.', routes)
 
 
 def lookup_suffix(key, marks, table):
+    """The value of the first of these that table has: key, its ends that
+    start at one of marks, longest first, the empty key; None otherwise."""
     if key in table:
         return table[key]
     longest = max(map(len, table), default=0)   # a key may have 1 MiB
@@ -1783,261 +1870,311 @@ def lookup_suffix(key, marks, table):
     return table.get(b'')
 
 
-def find_servers(host, route, resolver, own, hurry=False):
-    """(the Servers in the order to try them, whether there may be others
-    that are only late); own tells whether an address is this host's.  With
-    hurry not all are waited for, see find_addresses().  Raises
-    Undeliverable if there is none (RFC 5321 5.1)."""
-    port = route.port or PORT_SMTP
-    target, relay = route.relay or host, route.relay is not None
-    missing = (NO_RELAY if relay else NO_HOST) % printable(target)
-    address, next_hop = literal(target), []
+def find_servers(host, route, resolver, is_own, hurry=False):
+    """The ServerList of a host and its Route (RFC 5321 5.1).  is_own tells
+    whether an IP address is this host's.  With hurry the best exchangers are
+    enough, see ExchangerSearch."""
+    address = literal(route.relay or host)
     if address is not None:
-        found, soft = [Exchanger(0, None, [address], [], None)], []
-        late = []
+        located = Located([Exchanger(0, b'', [address], NO_TLSA)], b'', [],
+                          False, [])
     else:
-        name = to_wire(target)
-        if name is None:
-            raise Undeliverable(missing)
-        exchangers, signed, rest, end = \
-            ([(0, name)], resolver.trusted(), [], name) if relay else \
-            find_exchangers(name, resolver, missing, host)
-        next_hop = [host_text(name), host_text(end)]
-        found, soft, late, exists = find_addresses(
-            exchangers, resolver, port if signed else None, hurry)
-        soft += rest
-        if not found:
-            exists = exists or exchangers != [(0, name)]    # MX says so
-            raise Undeliverable(DNS_TEMPORARY if soft else missing
-                         if relay or not exists else NO_ADDRESS)
-    if not relay:
-        found = better_than_own(found, soft, own)
-    return servers_of(in_order(found), port, next_hop), bool(late)
+        located = locate(host, route, resolver, hurry)
+    if route.relay is None:
+        located = better_than_own(located, is_own)
+    return ServerList(
+        servers_of(in_order(located.exchangers), route.port or PORT_SMTP,
+                   located.next_hop),
+        located.report, located.late)
 
 
 def late_ones(servers, find):
-    """Yields the Servers, and, when all of them have been tried in vain,
-    those that find() knows besides (it raises Undeliverable if it knows
-    none)."""
+    """Yields the Servers; when all of them have been tried in vain, also
+    those that the ServerList of find() has besides."""
     yield from servers
-    try:
-        more, _ = find()
-    except Undeliverable:
-        return
     known = [server.address for server in servers]
-    yield from [server for server in more if server.address not in
+    yield from [server for server in find().servers if server.address not in
                 known][:SERVERS_MAX - len(servers)]
 
 
 def servers_of(exchangers, port, next_hop):
-    """The Servers that exchangers have, each address once."""
+    """The Servers of Exchangers, SERVERS_MAX at most, each address once."""
     servers, seen = [], set()
     for exchanger in exchangers:
-        name = host_text(exchanger.name or b'')
-        tlsa_name = host_text(exchanger.tlsa_name or b'')
+        name = host_text(exchanger.wire_name)
         for address in exchanger.addresses:
             if len(servers) == SERVERS_MAX:
                 return servers
             if address not in seen:
                 seen.add(address)
                 servers.append(Server(address, port, name or address,
-                                      exchanger.tlsa, tlsa_name, next_hop))
+                                      exchanger.tlsa, next_hop))
     return servers
 
 
-def find_exchangers(name, resolver, missing, host):
-    """([(preference, wire name)] from MX, or the host itself without one;
-    whether the answer is authentic; the preferences of those that are too
-    many; where the CNAMEs from name led).  Raises Undeliverable; a lookup
-    that fails for now never falls back to A."""
-    lookup, = resolver.ask([(name, MX)])
-    if lookup.unknown():
-        raise Undeliverable(DNS_TEMPORARY)
-    if lookup.status == Lookup.NO_NAME:
-        raise Undeliverable(missing)
+def locate(host, route, resolver, hurry):
+    """The Located of a relay that is a name, or of a host's exchangers."""
+    targets = find_targets(host, route, resolver)
+    if targets.report:
+        return Located([], targets.report, [], False, [])
+    search = ExchangerSearch(targets.pairs, (route.port or PORT_SMTP)
+                             if targets.authentic else None)
+    search.ask(resolver, hurry)
+    exchangers = search.before_late()
+    unsure = search.unsure() + targets.left_out
+    if exchangers:
+        report = b''
+    elif unsure:
+        report = DNS_TEMPORARY
+    elif route.relay is None and (
+            targets.from_mx or search.any_name_exists()):
+        report = NO_ADDRESS
+    else:
+        report = no_such_name(host, route)
+    return Located(exchangers, report, unsure, bool(search.late()),
+                   targets.next_hop)
+
+
+def no_such_name(host, route):
+    """The report for a name that does not exist.  A relay that does not is a
+    fault of the control files, and bounces nothing."""
+    if route.relay is not None:
+        return NO_RELAY % printable(route.relay)
+    return NO_HOST % printable(host)
+
+
+def find_targets(host, route, resolver):
+    """The Targets of a host and its Route: the relay, or by MX."""
+    wire_name = to_wire(route.relay or host)
+    if wire_name is None:
+        return Targets([], False, False, [], [], no_such_name(host, route))
+    if route.relay is None:
+        return find_exchangers(wire_name, host, resolver)
+    return Targets([(0, wire_name)], False, resolver.trusted(), [],
+                   [host_text(wire_name)], b'')
+
+
+def find_exchangers(wire_name, host, resolver):
+    """The Targets of a host: its MX records, or without any the host itself.
+    A temporary failure never falls back to the host (RFC 5321 5.1)."""
+    lookup, = resolver.ask([(wire_name, MX)])
     exchangers = [pair for pair in lookup.values if pair[1] != b'\0']
-    if lookup.values and not exchangers:
-        raise Undeliverable(NULL_MX % printable(host))         # RFC 7505
+    report = b''
+    if lookup.unknown():
+        report = DNS_TEMPORARY
+    elif lookup.status == Lookup.NO_NAME:
+        report = NO_HOST % printable(host)
+    elif lookup.values and not exchangers:
+        report = NULL_MX % printable(host)      # RFC 7505
+    if report:
+        return Targets([], False, False, [], [], report)
     best = {}
-    for preference, name in sorted(exchangers or [(0, name)]):
-        best.setdefault(name, preference)               # no duplicates
+    for preference, name in sorted(exchangers or [(0, wire_name)]):
+        best.setdefault(name, preference)       # no duplicates
     ordered = [(preference, name) for name, preference in best.items()]
-    return ordered[:EXCHANGERS_MAX], lookup.authentic, \
-        [preference for preference, _ in ordered[EXCHANGERS_MAX:]], \
-        lookup.wire_name
+    return Targets(
+        ordered[:EXCHANGERS_MAX], bool(exchangers), lookup.authentic,
+        [preference for preference, _ in ordered[EXCHANGERS_MAX:]],
+        [host_text(wire_name), host_text(lookup.wire_name)], b'')
 
 
-def find_addresses(exchangers, resolver, tlsa_port, hurry):
-    """(found, soft, late, exists): found is a list of Exchangers, IPv4
-    addresses first; soft the preferences of those that may have more, later;
-    exists tells whether any of the names exists.  With a tlsa_port the TLSA
-    records are asked for, too.
+class ExchangerSearch:
+    """Looks up the addresses and TLSA records of targets, which are pairs of
+    a preference and a wire name.  tlsa_port: the port that TLSA records are
+    asked for; None: do not ask.
 
-    With hurry the best are enough after DNS_PATIENCE.  late are then the
-    preferences of those whose answers are still out, and found ends before
-    them: one of them may be this host, and nothing that is not better than
-    this host may be tried."""
-    asked = [(preference, name) for preference, name in exchangers
-             if literal_target(name) is None]
-    found = [Exchanger(preference, None, [literal_target(name)], [], None)
-             for preference, name in exchangers
-             if literal_target(name) is not None]
-    lookups = ask_addresses(asked, found, resolver, tlsa_port, hurry)
-    soft, exists = [], False
-    for preference, name in asked:
-        pair = [lookups[name, A], lookups[name, AAAA]]
-        addresses = [address for lookup in pair
-                     for address in shuffled(lookup.values)[:ADDRESSES_MAX]]
-        if addresses:
-            found.append(Exchanger(preference, name, addresses,
-                                   *find_tlsa(name, pair, tlsa_port,
-                                              lookups)))
-        if any(lookup.unknown() for lookup in pair):
-            soft.append(preference)
-        exists = exists or any(lookup.status == Lookup.OK for lookup in pair)
-    late = late_preferences(asked, lookups, tlsa_port)
-    best = min((exchanger.preference for exchanger in found), default=0)
-    limit = min([each for each in late if each > best], default=None)
-    if limit is not None:
-        found = [each for each in found if each.preference < limit]
-    return found, soft, late, exists
+    With hurry the best exchangers are enough after DNS_PATIENCE seconds,
+    see best_known().  before_late() then leaves out those that may have to
+    come after one whose answer is out: that one may be this host, and only
+    what is better than this host may be tried."""
 
+    def __init__(self, targets, tlsa_port):
+        self.tlsa_port = tlsa_port
+        self.literals, self.names = [], []
+        for preference, wire_name in targets:
+            address = literal_target(wire_name)
+            if address is None:
+                self.names.append((preference, wire_name))
+            else:
+                self.literals.append(Exchanger(preference, b'', [address],
+                                               NO_TLSA))
+        self.lookups = {}       # question: Lookup, or None while it is out
 
-def ask_addresses(asked, literals, resolver, port, hurry):
-    """The Lookups, by question, of all that has to be known of exchangers:
-    asked are pairs of preference and name; literals as in best_known()."""
-    questions = [question for _, name in asked
-                 for question in questions_about(name, port)]
+    def ask(self, resolver, hurry):
+        """Asks all questions.  Those about aliases are a second round, for
+        they depend on the answers of the first."""
+        questions = [question for _, wire_name in self.names
+                     for question in self.questions(wire_name)]
 
-    def enough(answers):
-        return best_known(asked, literals, dict(zip(questions, answers)),
-                          port)
-    lookups = dict(zip(questions, resolver.ask(
-        questions, enough if hurry else None)))
-    if port:                    # a second stage, if there are aliases
-        questions = alias_questions(port, lookups)
-        lookups.update(zip(questions, resolver.ask(questions)))
-    return lookups
+        def enough(lookups):
+            self.lookups = dict(zip(questions, lookups))
+            return self.best_known()
+        lookups = resolver.ask(questions, enough if hurry else None)
+        self.lookups = dict(zip(questions, lookups))
+        if self.tlsa_port is not None:
+            questions = self.alias_questions()
+            self.lookups.update(zip(questions, resolver.ask(questions)))
 
+    def questions(self, wire_name):
+        """The questions of the first round about a target."""
+        return [(wire_name, A), (wire_name, AAAA)] + \
+            self.tlsa_questions(wire_name)
 
-def questions_about(name, port):
-    """All that is asked about an exchanger, but for aliases."""
-    return [(name, A), (name, AAAA)] + (
-        tlsa_questions(port, [name]) if port else [])
+    def tlsa_questions(self, wire_name):
+        """The question for the TLSA records of a name (RFC 6698 3), as a
+        list; empty if there is none to be asked."""
+        if self.tlsa_port is None:
+            return []
+        label = b'_%d' % self.tlsa_port
+        name = bytes((len(label),)) + label + b'\4_tcp' + wire_name
+        return [(name, TLSA)] if len(name) <= DNS_NAME_MAX else []
 
+    def alias_questions(self):
+        """The questions of the second round, about targets that are aliases:
+        for the TLSA records of what they stand for, if that is authentic;
+        else whether the CNAME itself is, for then the TLSA records of the
+        alias count (RFC 7672 2.2.2)."""
+        questions = set()
+        for (wire_name, qtype), lookup in self.lookups.items():
+            if qtype != TLSA and lookup.values and \
+                    lookup.wire_name != wire_name:
+                questions.update(self.tlsa_questions(lookup.wire_name)
+                                 if lookup.authentic
+                                 else [(wire_name, CNAME)])
+        return list(questions)
 
-def late_preferences(asked, lookups, port):
-    """The preferences of exchangers whose answers are not all in."""
-    return [preference for preference, name in asked
-            if any(lookups[question].status == Lookup.LATE
-                   for question in questions_about(name, port))]
+    def address_lookups(self, wire_name):
+        """The Lookups of a target's addresses that are in."""
+        pair = self.lookups[wire_name, A], self.lookups[wire_name, AAAA]
+        return [lookup for lookup in pair if lookup is not None]
 
+    def addresses(self, wire_name):
+        """The addresses of a target, IPv4 first."""
+        return [address for lookup in self.address_lookups(wire_name)
+                for address in shuffled(lookup.values)[:ADDRESSES_MAX]]
 
-def best_known(asked, literals, lookups, port):
-    """Whether there are exchangers with an address, all as good as those
-    are settled, and all better ones, too.  asked: pairs of preference and
-    name; literals: Exchangers that need no answer; lookups: by question, None
-    for those still out."""
-    known = {name: [lookup for lookup in (lookups[name, A],
-                                          lookups[name, AAAA])
-                    if lookup is not None and lookup.values]
-             for _, name in asked}
-    usable = [exchanger.preference for exchanger in literals] + \
-        [preference for preference, name in asked if known[name]]
-    best = min(usable, default=None)
-    return best is not None and all(
-        is_settled(name, known[name], lookups, port)
-        for preference, name in asked if preference <= best)
+    def best_known(self):
+        """Whether there are targets with an address, and all that are as good
+        or better are settled."""
+        best = min(
+            [exchanger.preference for exchanger in self.literals] +
+            [preference for preference, wire_name in self.names
+             if any(lookup.values
+                    for lookup in self.address_lookups(wire_name))],
+            default=None)
+        return best is not None and all(
+            self.is_settled(wire_name)
+            for preference, wire_name in self.names if preference <= best)
 
+    def is_settled(self, wire_name):
+        """Whether a target has an address, or will have none.  TLSA records
+        that may count have to be in as well."""
+        lookups = self.address_lookups(wire_name)
+        found = [lookup for lookup in lookups if lookup.values]
+        if not found:
+            return len(lookups) == 2
+        if all(not lookup.authentic and lookup.wire_name == wire_name
+               for lookup in found):
+            return True
+        return all(self.lookups[question] is not None
+                   for question in self.tlsa_questions(wire_name))
 
-def is_settled(name, known, lookups, port):
-    """Whether an exchanger has an address, or will have none.  known: the
-    Lookups of its addresses that found some.  TLSA records that may count
-    have to be in as well: unknown is not none."""
-    if not known:
-        return lookups[name, A] is not None and \
-            lookups[name, AAAA] is not None
-    if all(not lookup.authentic and lookup.wire_name == name
-           for lookup in known):
-        return True
-    return all(lookups[question] is not None
-               for question in questions_about(name, port)[2:])
+    def unsure(self):
+        """The preferences of targets that may have more addresses."""
+        return [preference for preference, wire_name in self.names
+                if any(lookup.unknown()
+                       for lookup in self.address_lookups(wire_name))]
 
+    def late(self):
+        """The preferences of targets whose answers are not all in."""
+        return [preference for preference, wire_name in self.names
+                if any(self.lookups[question].status == Lookup.LATE
+                       for question in self.questions(wire_name))]
 
-def tlsa_questions(port, names):
-    """What to ask for the TLSA records of names (RFC 6698 3)."""
-    prefix = b'_%d' % port
-    prefix = bytes((len(prefix),)) + prefix + b'\4_tcp'
-    return [(prefix + name, TLSA) for name in names
-            if len(prefix + name) <= DNS_NAME_MAX]
+    def any_name_exists(self):
+        """Whether one of the targets exists in DNS."""
+        return any(lookup.status == Lookup.OK
+                   for _, wire_name in self.names
+                   for lookup in self.address_lookups(wire_name))
 
+    def found(self):
+        """The Exchangers that have addresses."""
+        found = list(self.literals)
+        for preference, wire_name in self.names:
+            addresses = self.addresses(wire_name)
+            if addresses:
+                found.append(Exchanger(preference, wire_name, addresses,
+                                       self.tlsa(wire_name)))
+        return found
 
-def alias_questions(port, lookups):
-    """What to ask besides about names that are aliases: the TLSA records of
-    what they stand for, if that is authentic; else whether the CNAME itself
-    is, for then their own TLSA records count (RFC 7672 2.2.2)."""
-    questions = set()
-    for (name, qtype), lookup in lookups.items():
-        if qtype != TLSA and lookup.values and lookup.wire_name != name:
-            questions.update(tlsa_questions(port, [lookup.wire_name])
-                             if lookup.authentic else [(name, CNAME)])
-    return list(questions)
+    def before_late(self):
+        """found(), up to the first late one that is worse than the best."""
+        found = self.found()
+        best = min((exchanger.preference for exchanger in found), default=0)
+        limit = min([preference for preference in self.late()
+                     if preference > best], default=None)
+        return [exchanger for exchanger in found
+                if limit is None or exchanger.preference < limit]
 
-
-def find_tlsa(name, addresses, port, lookups):
-    """(the TLSA records of an exchanger as in Server, the name that has
-    them): of the name that an alias stands for before the alias itself
-    (RFC 7672 2.2.2)."""
-    for base in [lookup.wire_name for lookup in addresses
-                 if lookup.values and lookup.wire_name != name] + [name]:
-        for question in tlsa_questions(port, [base]) if port else ():
-            records = dane_records(addresses, lookups.get(question),
-                                   lookups.get((base, CNAME)))
-            if records is None or records:
-                return records, base
-    return [], name
+    def tlsa(self, wire_name):
+        """The Tlsa of a target: of the name that an alias stands for, else of
+        the alias itself (RFC 7672 2.2.2)."""
+        lookups = self.address_lookups(wire_name)
+        targets = [lookup.wire_name for lookup in lookups
+                   if lookup.values and lookup.wire_name != wire_name]
+        for owner in targets + [wire_name]:
+            for question in self.tlsa_questions(owner):
+                tlsa = dane_records(lookups, self.lookups.get(question),
+                                    self.lookups.get((owner, CNAME)))
+                if tlsa.status != Tlsa.NONE:
+                    return Tlsa(tlsa.status, tlsa.records, host_text(owner))
+        return NO_TLSA
 
 
 def dane_records(addresses, tlsa, alias=None):
-    """The TLSA records that count, given the Lookups of addresses, of TLSA
-    and, for an alias of insecure addresses, of its CNAME (None: not asked).
-    Without authentic addresses, or an authentic alias, TLSA is not even
-    looked at: unsigned zones sit on servers that choke on it (RFC 7672
-    2.2.2)."""
-    signed = all(lookup.authentic for lookup in addresses if lookup.values)
-    doubt = not signed and alias is not None and alias.unknown()
-    if not signed and alias is not None:
-        signed = alias.authentic and bool(alias.values)
-    if tlsa is None or not (signed or doubt):
-        return []
+    """The Tlsa, without host, that follows from the Lookups of addresses, of
+    TLSA and, for an alias of insecure addresses, of its CNAME; None: not
+    asked.  Without authentic addresses, or an authentic alias, the Lookup of
+    TLSA does not matter: unsigned zones are on servers that fail on TLSA
+    (RFC 7672 2.2.2)."""
+    counts = all(lookup.authentic for lookup in addresses if lookup.values)
+    may_count = False
+    if not counts and alias is not None:
+        counts, may_count = alias.is_secure(), alias.unknown()
+    if tlsa is None or not (counts or may_count):
+        return NO_TLSA
     if tlsa.unknown():
+        return UNKNOWN_TLSA
+    if not tlsa.is_secure():
+        return NO_TLSA
+    return Tlsa(Tlsa.RECORDS, tlsa.values, None) if counts else UNKNOWN_TLSA
+
+
+def literal_target(wire_name):
+    """The IP address that an MX record has in the place of a name, or None.
+    Not allowed, but qmail-remote delivers to it (dns.c)."""
+    if not wire_name[1:2].isdigit():
         return None
-    if not tlsa.authentic or not tlsa.values:
-        return []
-    return None if doubt else tlsa.values
+    return canonical(host_text(wire_name) or b'')
 
 
-def literal_target(name):
-    """The address that a thoughtless MX record has for a name, or None.
-    Classic qmail-remote delivers to it, and so do we (dns.c)."""
-    return canonical(host_text(name) or b'') if name[1:2].isdigit() else None
-
-
-def better_than_own(found, soft, own):
-    """found without what is not strictly better than the best address of
-    this host's own; soft are the preferences of those that may have more,
-    later.  Raises Undeliverable if nothing is left."""
-    limit = next((exchanger.preference for exchanger in in_order(found)
-                  if any(own(address) for address in exchanger.addresses)),
+def better_than_own(located, is_own):
+    """A Located without the exchangers that are not strictly better than the
+    best one that is this host (RFC 5321 5.1)."""
+    limit = next((exchanger.preference
+                  for exchanger in in_order(located.exchangers)
+                  if any(is_own(address) for address in exchanger.addresses)),
                  None)
-    if limit is not None:
-        found = [exchanger for exchanger in found
-                 if exchanger.preference < limit]
-        if not found:
-            raise Undeliverable(
-                DNS_TEMPORARY if min(soft, default=limit) < limit
-                else OWN_ADDRESS)
-    return found
+    if limit is None:
+        return located
+    better = [exchanger for exchanger in located.exchangers
+              if exchanger.preference < limit]
+    report = b''
+    if not better:
+        report = DNS_TEMPORARY if min(located.unsure, default=limit) < limit \
+            else OWN_ADDRESS
+    return Located(better, report, located.unsure, located.late,
+                   located.next_hop)
 
 
 def shuffled(values):
@@ -2045,9 +2182,10 @@ def shuffled(values):
     return sorted(values, key=lambda value: os.urandom(4))
 
 
-def in_order(found):
-    """By preference; ties in random order (RFC 5321 5.1)."""
-    return sorted(shuffled(found), key=lambda entry: entry.preference)
+def in_order(exchangers):
+    """Exchangers by preference; equal ones in random order (RFC 5321 5.1)."""
+    return sorted(shuffled(exchangers),
+                  key=lambda exchanger: exchanger.preference)
 
 
 class OwnAddresses:
@@ -2299,12 +2437,13 @@ def choose_tls(server, password, control):
     if control.never:
         return TlsPolicy(TlsPolicy.CONFLICT if verify else TlsPolicy.CLEAR,
                          None)
-    usable = [record for record in server.tlsa if dane_usable(record)]
+    usable = [record for record in server.tlsa.records
+              if dane_usable(record)]
     if usable:
         return TlsPolicy(TlsPolicy.DANE, usable)
     if verify:
         return TlsPolicy(TlsPolicy.SYSTEM, None)
-    return TlsPolicy(TlsPolicy.UNCHECKED if server.tlsa
+    return TlsPolicy(TlsPolicy.UNCHECKED if server.tlsa.records
                      else TlsPolicy.IF_OFFERED, None)    # RFC 7672 2.2
 
 
@@ -3776,7 +3915,7 @@ class Session:
         """The handshake, with the check of the certificate."""
         policy, name = self.tls.policy, self.server.name
         if policy.level in (TlsPolicy.DANE, TlsPolicy.ANCHORS):
-            name = self.server.tlsa_name
+            name = self.server.tlsa.host
         elif canonical(name) and (not policy.verified or
                                   policy.level == TlsPolicy.PINNED):
             name = None                     # RFC 6066 3: no address in SNI
@@ -4259,11 +4398,11 @@ def deliver(host, sender, recipients, control, context):
     def find(hurry=False):
         return find_servers(host, route, context.resolver, context.is_own,
                             hurry)
-    try:
-        servers, late = find(hurry=True)
-    except Undeliverable as reason:
-        return Result(reason.report)
-    if late:
+    found = find(hurry=True)
+    if found.report:
+        return Result(found.report)
+    servers = found.servers
+    if found.incomplete:
         servers = late_ones(servers, find)
     context.message.check()
     return try_servers(servers, lambda server: ServerTry(
@@ -4320,7 +4459,8 @@ class ServerTry:
     def run(self):
         """The Result.  Raises LocalFault."""
         server, files = self.server, self.tls_control
-        if server.tlsa is None and files.pem is None and not files.never:
+        if server.tlsa.status == Tlsa.UNKNOWN and files.pem is None and \
+                not files.never:
             return Result(TLSA_TEMPORARY % server.name, try_next=True,
                           reached=False, diagnostic=b'TLSA lookup failed')
         policy = choose_tls(server, self.has_password(), files)

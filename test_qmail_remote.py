@@ -1127,7 +1127,7 @@ class Tables(unittest.TestCase):
                 getattr(function, '__name__', 'it'), shown)):
             try:
                 got = function(*args)
-            except (qr.LocalFault, qr.Undeliverable) as fault:
+            except qr.LocalFault as fault:
                 got = fault.report
             except (qr.Invalid, qr.Malformed, qr.ConnectionLost, qr.TimedOut,
                     OSError, ValueError) as error:
@@ -2967,11 +2967,11 @@ class Resolving(Tables):
 
 # Where to
 
-SOFT = 'soft'
+TEMP = 'temporary'
 
 
 class Zone:
-    """A resolver that answers from {'name TYPE': values}; a value of SOFT
+    """A resolver that answers from {'name TYPE': values}; a value of TEMP
     fails for now.  A name without an entry does not exist.  late: the keys of
     what is answered only to those who do not hurry; ad: whether all answers
     but those to the keys in unsigned are authentic."""
@@ -2983,10 +2983,10 @@ class Zone:
             for key in keys} for keys in (late, unsigned))
         for key, values in records.items():
             name, kind = key.split(' ')
-            if kind == 'MX' and values != SOFT:
+            if kind == 'MX' and values != TEMP:
                 values = [(preference, dns_name(target))
                           for preference, target in values]
-            elif values != SOFT and kind != 'TLSA':
+            elif values != TEMP and kind != 'TLSA':
                 values = [value.encode() for value in values]
             self.records[dns_name(name), DNS_TYPES[kind]] = values
 
@@ -3013,7 +3013,7 @@ class Zone:
         ad = ad and (name, kind) not in self.unsigned
         if kind == qr.CNAME and values:
             values = [dns_name(value.decode()) for value in values]
-        if values == SOFT:
+        if values == TEMP:
             return qr.Lookup(qr.Lookup.TEMPORARY, [], False, name)
         if values is None and end not in {n for n, _ in self.records}:
             return qr.Lookup(qr.Lookup.NO_NAME, [], ad, end)
@@ -3035,19 +3035,19 @@ class WhereTo(Tables):
     HOSTS = {
         'a A': A, 'b A': ['192.0.2.2'], 'c A': ['192.0.2.3'], 'both A': BOTH,
         'both AAAA': ['2001:db8::4'], 'six AAAA': ['2001:db8::6'],
-        'gone TXT': [], 'later A': SOFT, 'later AAAA': SOFT,
-        'half A': SOFT, 'half AAAA': ['2001:db8::5'], 'other A': ['192.0.2.5'],
-        'other AAAA': SOFT, 'vain A': SOFT, 'vain AAAA': [], 'lost A': [],
-        'lost AAAA': SOFT, 'mixed A': ['192.0.2.7', OWN], 'me A': [OWN],
+        'gone TXT': [], 'later A': TEMP, 'later AAAA': TEMP,
+        'half A': TEMP, 'half AAAA': ['2001:db8::5'], 'other A': ['192.0.2.5'],
+        'other AAAA': TEMP, 'vain A': TEMP, 'vain AAAA': [], 'lost A': [],
+        'lost AAAA': TEMP, 'mixed A': ['192.0.2.7', OWN], 'me A': [OWN],
         'myself A': ['192.0.2.8'], 'myself AAAA': ['2001:db8::99'],
         'h A': ['192.0.2.10']}
     NAMES = {address: key.split()[0] + '6' * key.endswith('AAAA')
-             for key, values in HOSTS.items() if values != SOFT
+             for key, values in HOSTS.items() if values != TEMP
              for address in values}
-    REPORTS = {qr.OWN_ADDRESS: 'OWN', qr.DNS_TEMPORARY: 'SOFT',
+    REPORTS = {qr.OWN_ADDRESS: 'OWN', qr.DNS_TEMPORARY: 'TEMP',
                qr.NO_ADDRESS: 'NO ADDRESS', qr.NULL_MX % b'h': 'NULL',
-               qr.NO_HOST % b'h': 'NO HOST', qr.NO_RELAY % b'gone': 'HARD',
-               qr.NO_RELAY % b'no': 'HARD'}
+               qr.NO_HOST % b'h': 'NO HOST', qr.NO_RELAY % b'gone': 'RELAY',
+               qr.NO_RELAY % b'no': 'RELAY'}
 
     def own(self, address):
         return address in (self.OWN.encode(), b'2001:db8::99')
@@ -3063,12 +3063,11 @@ class WhereTo(Tables):
     def find(self, host, records, relay=None):
         """The addresses in order, or a report, as words."""
         zone = records if isinstance(records, Zone) else Zone(records)
-        try:
-            servers, late = self.servers(host, zone, relay)
-        except qr.Undeliverable as error:
-            return self.REPORTS.get(error.report, error.report)
-        self.assertFalse(late)
-        return ' '.join(self.shown([server.address for server in servers]))
+        found = self.servers(host, zone, relay)
+        self.assertFalse(found.incomplete)
+        self.assertEqual(not found.servers, bool(found.report))
+        return self.REPORTS.get(found.report, found.report) or ' '.join(
+            self.shown([server.address for server in found.servers]))
 
     def exchangers(self, text):
         """All records, with these as the MX of h."""
@@ -3097,9 +3096,9 @@ class WhereTo(Tables):
                 10 no, 20 gone                  NO ADDRESS
                 10 later, 20 a                  a
                 10 a, 20 later                  a
-                10 later                        SOFT
-                10 later, 20 no                 SOFT
-                10 vain                         SOFT
+                10 later                        TEMP
+                10 later, 20 no                 TEMP
+                10 vain                         TEMP
                 10 vain, 5 a                    a
                 10 half                         half6       # what is known
                 10 other                        other
@@ -3113,7 +3112,7 @@ class WhereTo(Tables):
                 10 myself, 20 a                 OWN         # its IPv6
                 10 a, 20 me, 30 me, 40 b        a
                 10 192.0.2.99, 20 a             OWN
-                10 later, 20 me                 SOFT
+                10 later, 20 me                 TEMP
                 10 later, 15 a, 20 me           a
                 20 later, 20 me                 OWN
                 30 later, 20 me                 OWN
@@ -3127,14 +3126,14 @@ class WhereTo(Tables):
                 gone    NO ADDRESS
                 me      OWN
                 mixed   OWN
-                later   SOFT
-                vain    SOFT
-                lost    SOFT
+                later   TEMP
+                vain    TEMP
+                lost    TEMP
                 half    half6
                 other   other'''):
             self.check(want, self.find, host.encode(), self.HOSTS)
         self.check('NO HOST', self.find, b'h', {})
-        self.check('SOFT', self.find, b'h', {'h MX': SOFT, 'h A': self.A})
+        self.check('TEMP', self.find, b'h', {'h MX': TEMP, 'h A': self.A})
 
     def test_no_question(self):
         """None is asked for what is no name, and for an address."""
@@ -3158,7 +3157,7 @@ class WhereTo(Tables):
         for relay, want in (
                 (b'both', 'both both6'), (b'me', 'me'), (b'192.0.2.1', 'a'),
                 (b'[2001:db8::6]', 'six6'), (b'192.0.2.99', 'me'),
-                (b'no', 'HARD'), (b'gone', 'HARD'), (b'later', 'SOFT')):
+                (b'no', 'RELAY'), (b'gone', 'RELAY'), (b'later', 'TEMP')):
             zone = Zone(records)
             self.check(want, self.find, b'h', zone, relay)
             for questions in zone.asked:
@@ -3172,9 +3171,9 @@ class WhereTo(Tables):
                 (b'h', None, 26, (b'a.example', 26)),
                 (b'h', b'a.example', 26, (b'a.example', 26)),
                 (b'[::2]', None, None, (b'::2', 25))):
-            servers, _ = qr.find_servers(host, qr.Route(relay, port, None),
-                                         zone, self.own)
-            self.assertEqual(want, (servers[0].name, servers[0].port))
+            server, = qr.find_servers(host, qr.Route(relay, port, None),
+                                      zone, self.own).servers
+            self.assertEqual(want, (server.name, server.port))
 
     def hurry(self, records, late, relay=None, **options):
         """The addresses that are tried at once, and after a | those that
@@ -3183,18 +3182,18 @@ class WhereTo(Tables):
 
         def find(hurry=False):
             return self.servers(b'h', zone, relay, hurry=hurry)
-        try:
-            servers, late = find(True)
-        except qr.Undeliverable as error:
-            return self.REPORTS[error.report]
-        self.assertTrue(all(server.tlsa is not None for server in servers))
-        at_once = self.shown([server.address for server in servers])
+        found = find(True)
+        if found.report:
+            return self.REPORTS[found.report]
+        self.assertNotIn(qr.Tlsa.UNKNOWN, [
+            server.tlsa.status for server in found.servers])
+        at_once = self.shown([server.address for server in found.servers])
         every = self.shown([server.address for server in qr.late_ones(
-            servers, find)])
+            found.servers, find)])
         self.assertEqual(len(every), len(set(every)))
         self.assertEqual(at_once, every[:len(at_once)])
-        return ' '.join(at_once + ['|'] * late + every[len(at_once):]
-                        if late else at_once)
+        return ' '.join(at_once + ['|'] + every[len(at_once):]
+                        if found.incomplete else at_once)
 
     def test_hurry(self):
         """After two seconds the best will do, if all of them are known.
@@ -3220,7 +3219,7 @@ class WhereTo(Tables):
                 10 both, 20 me, 30 c    c A, c AAAA         both both6 |
                 10 me, 20 b             b A                 OWN
                 10 a, 10 me, 20 b       b A                 OWN
-                5 later, 10 me, 20 b    b A                 SOFT
+                5 later, 10 me, 20 b    b A                 TEMP
                 5 b, 10 me, 20 c        b A                 b'''):
             self.check(want, self.hurry, self.exchangers(text),
                        [] if late == '-' else late.split(', '))
@@ -3251,7 +3250,7 @@ class WhereTo(Tables):
             with self.subTest(late=late, unsigned=options):
                 self.check(want, lambda: self.hurry(
                     zone, late, ad=True, unsigned=options))
-        self.check(None, qr.dane_records, [], qr.Lookup(
+        self.check(qr.UNKNOWN_TLSA, qr.dane_records, [], qr.Lookup(
             qr.Lookup.LATE, [], False, b''))
 
     def test_ties(self):
@@ -3275,7 +3274,7 @@ class WhereTo(Tables):
         self.check(' '.join(best), self.find, b'h', zone)
         self.assertEqual([1, 240], [len(batch) for batch in zone.asked])
         for count, host, want in (
-                (128, 'm0', 'a'), (129, 'm0', 'a'), (129, 'm128', 'SOFT'),
+                (128, 'm0', 'a'), (129, 'm0', 'a'), (129, 'm128', 'TEMP'),
                 (128, 'm128', 'NO ADDRESS')):
             self.check(want, self.find, b'h', {
                 'h MX': [(i, 'm%d' % i) for i in range(count)],
@@ -4646,7 +4645,7 @@ class Trying(Tables):
                         raise outcome
                     return outcome
                 result = qr.ServerTry(
-                    qr.Server(b'192.0.2.1', 26, b'h', [], None, []),
+                    qr.Server(b'192.0.2.1', 26, b'h', qr.NO_TLSA, []),
                     value_of(qr.Route),
                     value_of(qr.Envelope, sender=b'', recipients=[b'a']),
                     control_files(), context_of(
@@ -4670,7 +4669,7 @@ class Trying(Tables):
                     raise OSError(errno.ECONNREFUSED, '')
                 return qr.connect(b'127.0.0.1', server.port, seconds)
             result = qr.ServerTry(
-                qr.Server(b'192.0.2.1', 25, b'h', [], None, []),
+                qr.Server(b'192.0.2.1', 25, b'h', qr.NO_TLSA, []),
                 value_of(qr.Route),
                 value_of(qr.Envelope, sender=b'', recipients=[b'a']),
                 control_files(), context_of(
@@ -8771,7 +8770,7 @@ class SpawnTables(Tables):
                     return qr.ServerTry(server, value_of(qr.Route), envelope,
                                         control_files(), context).run()
                 result = qr.try_servers(
-                    [qr.Server(IP.encode(), port, b'', [], None, [])
+                    [qr.Server(IP.encode(), port, b'', qr.NO_TLSA, [])
                      for port in (24, 25)], attempt)
             self.assertEqual(after, result.rcpt_sent)
 
@@ -10672,9 +10671,11 @@ PASSWORD_ROUTE = value_of(qr.Route, relay=b'127.0.0.2',
 
 
 def server_at(address, port, records=()):
-    """A Server with these TLSA records."""
-    return qr.Server(address, port, b'relay.example', records, None,
-                     [])
+    """A Server with these TLSA records; None: they are unknown."""
+    status = 'unknown' if records is None else \
+        'records' if records else 'none'
+    return qr.Server(address, port, b'relay.example', qr.Tlsa(
+        status, list(records or ()), None), [])
 
 
 class ScriptedSocket(Scripted):
@@ -11322,16 +11323,19 @@ class TlsTables(Tables):
         a, none, guessed = lookup([b'192.0.2.1']), lookup(), lookup(
             [b'192.0.2.1'], False)
         records = [tlsa(3, 1, 1, 'relay')]
-        soft, answer = lookup(status=qr.Lookup.TEMPORARY, authentic=False), lookup(
-            records)
+        failed = lookup(status=qr.Lookup.TEMPORARY, authentic=False)
+        answer, missing = lookup(records), qr.NO_TLSA
+        some = qr.Tlsa(qr.Tlsa.RECORDS, records, None)
         for result, *questions in [
-                (records, a, none, answer), (records, a, a, answer),
-                (records, a, lookup(authentic=False), answer),
-                ([], guessed, none, answer), ([], a, guessed, answer),
-                ([], a, none, lookup(records, False)), ([], a, none, none),
-                ([], a, none, lookup(status=qr.Lookup.NO_NAME)),
-                (None, a, none, soft), ([], guessed, none, soft),
-                ([], a, none, None)]:
+                (some, a, none, answer), (some, a, a, answer),
+                (some, a, lookup(authentic=False), answer),
+                (missing, guessed, none, answer),
+                (missing, a, guessed, answer),
+                (missing, a, none, lookup(records, False)),
+                (missing, a, none, none),
+                (missing, a, none, lookup(status=qr.Lookup.NO_NAME)),
+                (qr.UNKNOWN_TLSA, a, none, failed),
+                (missing, guessed, none, failed), (missing, a, none, None)]:
             self.check(result, qr.dane_records, questions[:2], questions[2])
 
     def test_tls_reason(self):
@@ -11457,7 +11461,8 @@ class TlsTables(Tables):
                 tcpto=Skipping(), tls_control=lambda name:
                 qr.TlsControl(pem_data, never, None, b''))
             result = qr.ServerTry(
-                qr.Server(b'127.0.0.2', 25, b'mx.example', None, None, []),
+                qr.Server(b'127.0.0.2', 25, b'mx.example', qr.Tlsa(
+                    qr.Tlsa.UNKNOWN, [], None), []),
                 value_of(qr.Route), None, control_files(), context).run()
             self.assertEqual((note, True), (result.diagnostic,
                                             result.try_next))
@@ -11739,7 +11744,7 @@ class TlsDamage(unittest.TestCase):
                 raise qr.TimedOut()
         return converse_on(
             qr.Connection(server, wait, lambda: 0),
-            qr.Server(b'127.0.0.1', 465, b'relay.example', [], None, []),
+            qr.Server(b'127.0.0.1', 465, b'relay.example', qr.NO_TLSA, []),
             policy,
             qr.Envelope(b'a@here.example', [b'b@x.example']))
 
@@ -12344,7 +12349,7 @@ class Tickets(unittest.TestCase):
                 context.message = qr.Message(body.fileno())
                 name = other if other and turn % 2 else IP.encode()
                 result = qr.ServerTry(
-                    qr.Server(IP.encode(), 25, name, [], None, []),
+                    qr.Server(IP.encode(), 25, name, qr.NO_TLSA, []),
                     value_of(qr.Route), qr.Envelope(
                         SENDER.encode(), [RECIPIENTS[0].encode()]),
                     control_files(), context).run()
