@@ -2239,19 +2239,20 @@ def family_has(family, address):
 
 
 class TcpTo:
-    """queue/lock/tcpto, the table of servers that timed out (tcpto.c).
-    clock is the wall clock in seconds; pid spreads the moment to try again;
-    wait and monotonic: see The line.  IPv4 only.  Whatever is wrong with
-    the file: do without."""
+    """queue/lock/tcpto, the table of servers that timed out (tcpto.c); IPv4
+    only.  If anything is wrong with the file, deliveries do without it.
+
+    clock is the wall clock in seconds; pid spreads the moment of the next
+    try, as in tcpto.c; wait and monotonic: see section 12."""
 
     def __init__(self, path, clock, pid, wait, monotonic=time.monotonic):
         self.path, self.clock, self.pid = path, clock, pid
         self.wait, self.monotonic = wait, monotonic
         self.patience = TCPTO_WAIT      # seconds to wait for the lock
-        self.listed = set()
+        self.listed = set()             # addresses that skip() found there
 
     def skip(self, address):
-        """Whether to leave the server alone for now."""
+        """Whether the server timed out so recently that it is not tried."""
         def look(fd, table, at):
             if at is not None:
                 self.listed.add(address)
@@ -2261,7 +2262,8 @@ class TcpTo:
         return bool(self._locked(address, look))
 
     def timed_out(self, address):
-        """Notes a timeout, unless it is the same one as a moment ago."""
+        """Records a timeout, unless there was one less than TCPTO_FRESH
+        seconds ago."""
         def note(fd, table, at):
             count = 1
             if at is None:
@@ -2278,7 +2280,7 @@ class TcpTo:
         self._locked(address, note)
 
     def answered(self, address):
-        """Forgets the timeouts of a server that is there after all."""
+        """Clears the record of a server that did not time out."""
         def forget(fd, table, at):
             if at is not None and table[at + 4]:
                 table[at + 4] = 0
@@ -2287,20 +2289,21 @@ class TcpTo:
             self._locked(address, forget)
 
     def clear(self):
-        """Forgets all, and makes a file whole that is too short
+        """Clears all records; a file that is too short gets its full size
         (tcpto_clean.c)."""
         self._with_file(lambda fd: os.pwrite(
             fd, bytes(TCPTO_RECORDS * TCPTO_SIZE), 0))
 
     def _age(self, table, at):
         """Seconds since the record was written; negative if the clock has
-        been set back.  32 bits, so that 2106 does no harm."""
+        been set back.  Computed in 32 bits, so that 2106 does no harm."""
         then, = struct.unpack_from('<L', table, at + 8)
         age = (int(self.clock()) - then) & 0xFFFFFFFF
         return age - (1 << 32) if age >> 31 else age
 
     def _free_place(self, table):
-        """The first unused record, else the stalest one."""
+        """Where the first unused record is; without any, the one with the
+        least time + count * 1024 (tcpto.c)."""
         places = range(0, len(table), TCPTO_SIZE)
         for at in places:
             if not table[at + 4]:
@@ -2309,8 +2312,8 @@ class TcpTo:
                    struct.unpack_from('<L', table, at + 8)[0])
 
     def _locked(self, address, action):
-        """action(fd, table, where the address is or None) with the table
-        locked; None if it cannot be."""
+        """The result of action(fd, table, where the address is, or None),
+        with the table locked; None if it cannot be, or for IPv6."""
         def read(fd):
             table = bytearray(os.pread(fd, TCPTO_RECORDS * TCPTO_SIZE, 0))
             del table[len(table) // TCPTO_SIZE * TCPTO_SIZE:]
@@ -2322,8 +2325,9 @@ class TcpTo:
         return None if b':' in address else self._with_file(read)
 
     def _lock(self, fd):
-        """Who holds it holds it for microseconds.  If somebody does not,
-        this delivery waits once, and no more.  Raises OSError."""
+        """Locks the file.  Other deliveries hold the lock for microseconds.
+        After TCPTO_WAIT seconds this one gives up, and does not wait for the
+        lock again.  Raises OSError."""
         end = self.monotonic() + self.patience
         while True:
             try:
@@ -2339,7 +2343,8 @@ class TcpTo:
                 pass
 
     def _with_file(self, action):
-        """action(fd) with the file locked; None if it cannot be."""
+        """The result of action(fd), with the file locked; None if it cannot
+        be."""
         fd = -1
         try:
             fd = os.open(self.path,
