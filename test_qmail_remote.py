@@ -7967,18 +7967,22 @@ class Terminal(unittest.TestCase):
     def test_colours_and_tricks(self):
         """Colours if the terminal has them and NO_COLOR does not forbid
         them; a server cannot send the terminal commands."""
-        for term, no_color, colours in (
-                ('xterm-256color', '', True), ('dumb', '', False),
-                ('no such terminal', '', False),
-                ('xterm-256color', '1', False)):
+        for term, no_color, code, colours in (
+                ('xterm-256color', '', b'550', True),
+                ('xterm-256color', '', b'450', True),
+                ('dumb', '', b'550', False),
+                ('no such terminal', '', b'550', False),
+                ('xterm-256color', '1', b'550', False)):
             with self.subTest((term, no_color)), FakeSMTP(
-                    r's: 550 \x1b]0;evil\x07 \x9b2J\t\u00e4\r\r\n'
+                    's: ' + code.decode() +
+                    r' \x1b]0;evil\x07 \x9b2J\t\u00e4\r\r\n'
                     '\nQ:') as server, \
                     Home(smtproutes=b':' + server.address.encode()) as home:
                 seen, _ = on_terminal(home, 'x.example', '', 'r@x.example',
                                       term=term, env={'NO_COLOR': no_color})
-                self.assertIn(br'<<< 550 \x1b]0;evil\x07 ', seen)
-                self.assertEqual(colours, b'\x1b' in seen, seen)
+                self.assertIn(b'\x1b[31m' * colours + b'<<< ' + code +
+                              br' \x1b]0;evil\x07 ', seen)
+                self.assertEqual(colours, b'\x1b[36m>>> QUIT' in seen, seen)
                 if not colours:
                     self.assertEqual(b'', seen.translate(
                         None, bytes(range(32, 127)) + b'\n'))
@@ -11381,7 +11385,7 @@ class TlsLines(unittest.TestCase):
         for event, note in ((b'', b'connection closed'),
                             (OSError(errno.ECONNRESET, ''),
                              b'connection reset by peer')):
-            line = self.line(Scripted([event]))
+            line = self.line(Scripted([BlockingIOError(), event]))  # in vain
             line.tls = BusyLayer()
             with self.assertRaises(qr.ConnectionLost) as caught:
                 line.send(b'a record', 5)
