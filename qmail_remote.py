@@ -1575,24 +1575,30 @@ class Resolver:
         return None
 
     def _server(self, server, name, qtype, edns, deadline):
-        """One server's Answer.  Raises Malformed, TimedOut, OSError."""
-        while True:
-            ident = struct.unpack('>H', os.urandom(2))[0]
-            packet = build_question(ident, name, qtype, edns,
-                                    self.config.trusted)
+        """One server's Answer, at once without EDNS if the server does not
+        know it.  Raises Malformed, TimedOut, OSError."""
+        answer = yield from self._exchange(server, name, qtype, edns,
+                                           deadline)
+        if edns and answer.rcode in (FORMERR, NOTIMP, BADVERS):
+            answer = yield from self._exchange(server, name, qtype, False,
+                                               deadline)
+        return answer
 
-            def understand(reply):
-                return parse_answer(reply, ident, name, qtype)
-            answer = None
-            if not self.config.tcp:
-                answer = yield from self._udp(server, packet, understand,
-                                              deadline)
-            if answer is None or answer.truncated:
-                answer = yield from self._tcp(server, packet, understand,
-                                              deadline)
-            if not edns or answer.rcode not in (FORMERR, NOTIMP, BADVERS):
+    def _exchange(self, server, name, qtype, edns, deadline):
+        """One server's Answer to one packet: over UDP, and over TCP if it was
+        truncated (RFC 7766).  Raises Malformed, TimedOut, OSError."""
+        ident = struct.unpack('>H', os.urandom(2))[0]
+        packet = build_question(ident, name, qtype, edns, self.config.trusted)
+
+        def understand(reply):
+            return parse_answer(reply, ident, name, qtype)
+        if not self.config.tcp:
+            answer = yield from self._udp(server, packet, understand,
+                                          deadline)
+            if not answer.truncated:
                 return answer
-            edns = False
+        answer = yield from self._tcp(server, packet, understand, deadline)
+        return answer
 
     def _socket(self, server, kind, deadline):
         """A socket that does not block.  Waits for a descriptor as long as
