@@ -6451,7 +6451,7 @@ class Matrix(Dialogues):
         ('s: 250 o\nclose', 'connection closed'),
         ('S: 550-no\nclose', 'connection closed'),
         ('close', 'connection closed'),
-        ('sleep 0.01\nreset', 'connection reset by peer'),
+        ('sleep 0.3\nreset', 'connection reset by peer'),
         ('hang', 'timed out'), ('drip: 250 bit by bit', 'timed out')]
 
     WORDS = {'greeting': 'greeting failed', 'MAIL': 'sender was rejected'}
