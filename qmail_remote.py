@@ -123,6 +123,46 @@ class Record:
         return '%s%r' % (type(self).__name__, self._fields())
 
 
+# --------------------------------------------------------- 2. Safety rules
+# What must never happen, and the functions that see to it.  A rule that
+# would hang on one line is kept a second time, at the edge ("again").  The
+# tests of class SafetyRules have the numbers of these rules; one of them
+# takes each line away in turn, and sees the rule's own test fail.
+#
+#  1  A password goes only to a relay that authsenders or smtproutes names.
+#     choose_route(); again: Session.guard_password().
+#  2  A password travels over verified TLS on every port but 25 and 26 and
+#     beyond this host, and never in clear text after TLS has failed.
+#     choose_tls(), last_policy(); again: Session.guard_password().
+#  3  Nothing in a message can look like its end, however it is cut into
+#     blocks.  wire_form(); again: Transaction.guard_end_of_data().
+#  4  No byte of an address, a control file or a message becomes a command.
+#     envelope_address(), parse_helohost(), a_labels() and base64 by their
+#     alphabets; again: Dialogue.send_pipelined().
+#  5  Mail by DNS is never sent to this host, nor to an exchanger that is not
+#     preferred to it.  better_than_own(); again: ServerTry.run().
+#  6  If the end of the data may have arrived and its reply has not, the mail
+#     is tried again, and the report says "Possible duplicate".
+#     Dialogue.in_doubt, ServerTry.broken_off().
+#  7  K is reported only after a 2xx reply to the end of this message.
+#     Transaction.end_of_data_reply(); again: ServerTry.confirm().  What
+#     fails later changes nothing: ServerTry.broken_off().
+#  8  D and h are reported only for what a server, DNS or the message itself
+#     said, and not if our configuration may be the reason.  permanent(),
+#     Transaction.soften(), best_refusal().  All else is a Z: main().
+#  9  Authentic TLSA records decide.  If they are there, TLS is required; if
+#     they are not known for now, the server is skipped.  choose_tls(),
+#     dane_check(); again: ServerTry.run().
+# 10  A name becomes a part of a path only if it is a host name or an
+#     address.  host_name(), literal(); again: read_tls_control().
+# 11  Every wait has a deadline.  wait() is the only code that waits; one
+#     deadline is for a whole reply, not for each byte of it.
+# 12  Nothing that a peer sends makes this process grow without end: the
+#     limits of section 3 hold while reading.  ReplyReader, Connection,
+#     read_file(), parse_answer().
+# 13  No secret is shown, in a report or on a terminal.  Redactor.
+
+
 # ------------------------------------------------------------------- 3. Limits
 # Each number with its unit and its source.  Times are in seconds, sizes in
 # bytes.  A number without a source is our own choice; the reason follows it.
@@ -852,6 +892,8 @@ def read_tls_defaults():
 
 def read_tls_control(name):
     """The TlsControl for a host name or an address.  Raises LocalFault."""
+    if b'/' in name or name[:1] == b'.':
+        raise LocalFault(NO_CONTROL)            # rule 10 again
     control = read_tls_defaults()
     try:
         control.pem = read_control_file(b'tlshosts/' + name + b'.pem')
@@ -1898,8 +1940,12 @@ def late_ones(servers, find):
     """Yields the Servers; when all of them have been tried in vain, also
     those that the ServerList of find() has besides."""
     yield from servers
+    try:
+        more = find().servers
+    except OSError:             # the refusals so far count
+        return
     known = [server.address for server in servers]
-    yield from [server for server in find().servers if server.address not in
+    yield from [server for server in more if server.address not in
                 known][:SERVERS_MAX - len(servers)]
 
 
@@ -3771,7 +3817,7 @@ class Dialogue:
         the connection dies meanwhile, replies that came before count."""
         for _, line in commands:
             if b'\r' in line or b'\n' in line or b'\0' in line:
-                raise LocalFault(NO_RESOURCES)      # rule 4: never sent
+                raise LocalFault(NO_RESOURCES)      # rule 4 again
         self.connection.require_silence()
         self.show(Trace.SENT, b'\n'.join(line for _, line in commands))
         group = memoryview(b''.join(line + b'\r\n' for _, line in commands))
@@ -3887,7 +3933,8 @@ class Session:
         if self.encrypted or not policy.wanted:
             return None
         if b'STARTTLS' not in self.offered:
-            if policy.required:
+            if policy.required or (self.tls_failure and
+                                   self.route.credentials):
                 self.dialogue.quit()
                 raise TlsFailed(b'the server does not offer STARTTLS')
             return None
@@ -4130,6 +4177,7 @@ class Transaction:
         self.recipients = []            # their reports
         self.rcpt_sent = False          # the server may know them
         self.wire_bytes = 0             # of the message, sent so far
+        self.seam = b'\r\n'             # the last bytes of the last block
         self.tls_summary = facts.tls_summary
         self.outcome = None             # the Result, once it is certain
 
@@ -4252,6 +4300,7 @@ class Transaction:
         for block in wire_form(self.message.blocks()):
             if not self.send_block(held):
                 return self.premature_reply()
+            self.guard_end_of_data(block)
             held = block
         if not self.send_block(held + END_OF_DATA, END):
             return self.premature_reply()
@@ -4259,6 +4308,16 @@ class Transaction:
                            (self.wire_bytes - len(END_OF_DATA)))
         self.dialogue.show(Trace.SENT, END_OF_DATA)
         return self.end_of_data_reply()
+
+    def guard_end_of_data(self, block):
+        """Rule 3 again, at the edge: wire_form() has seen to it.  Raises
+        LocalFault rather than send an end of the data before its time, be
+        it within a block or across two."""
+        end = b'\r\n' + END_OF_DATA
+        if (b'.' in block and end in block) or \
+                end in self.seam + block[:len(end)]:
+            raise LocalFault(NO_RESOURCES)
+        self.seam = (self.seam + block[-len(end):])[-len(end):]
 
     def send_block(self, data, step=DATA):
         """Sends a part of the message.  False if the server does not wait
@@ -4270,9 +4329,10 @@ class Transaction:
                     piece, self.dialogue.timeout, stop_on_input=True):
                 return False
             self.wire_bytes += len(piece)
+            if at + len(piece) == len(view):
+                self.dialogue.advance(sent=step)        # rule 6: at once
             self.dialogue.trace.progress(self.wire_bytes,
                                          self.message.wire_size())
-        self.dialogue.advance(sent=step)
         return True
 
     def premature_reply(self):
@@ -4296,8 +4356,8 @@ class Transaction:
         if 300 <= reply.code < 400:
             raise ProtocolError(b'out of step')
         self.outcome = accepted if reply.code < 300 else refused
-        self.dialogue.advance(replied=END)
         if reply.code < 300:
+            self.dialogue.advance(replied=END)
             accepted.report += reply_text(reply, self.dialogue.redactor)
         else:
             self.outcome = self.result(self.soften(MESSAGE_FAILED, reply),
@@ -4437,9 +4497,11 @@ def try_servers(servers, attempt, trace=NO_TRACE):
         result = best_refusal(attempts)
         if len(attempts) < 2:
             log = b''
-    # Only what cannot fail: the message may have been accepted (rule 7).
-    result.report += log
     result.rcpt_sent = rcpt_sent
+    try:
+        result.report += log
+    except MemoryError:         # rule 7: the message may have been accepted
+        pass
     return result
 
 
@@ -4470,6 +4532,10 @@ class ServerTry:
     def run(self):
         """The Result.  Raises LocalFault."""
         server, files = self.server, self.tls_control
+        if self.route.relay is None and self.context.is_own(server.address):
+            # Rule 5 again, at the edge.
+            return Result(b'', try_next=True, reached=False,
+                          diagnostic=b'an address of this host')
         if server.tlsa.status == Tlsa.UNKNOWN and files.pem is None and \
                 not files.never:
             return Result(TLSA_TEMPORARY % server.name, try_next=True,
@@ -4565,10 +4631,17 @@ class ServerTry:
                                           self.envelope, self.context.message)
                 result = transaction.run()
                 result.rcpt_sent = transaction.rcpt_sent
+                self.confirm(result, dialogue)
                 session.keep_ticket()
             return result
         except BaseException as error:
             return self.broken_off(error, tls, dialogue, session, transaction)
+
+    def confirm(self, result, dialogue):
+        """Rule 7 again, at the edge: no K unless the server has agreed to
+        the end of the data."""
+        if result.report[:1] == b'K' and dialogue.replied < END:
+            result.report = DIED_LATE % self.server.address
 
     def tls_result(self, failed, policy):
         """The Result of a TlsFailed, if nothing else is tried."""

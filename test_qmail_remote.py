@@ -4483,6 +4483,229 @@ class Trying(Tables):
             self.check(want, output, *args)
 
 
+# The safety rules
+
+class SafetyRules(Tables):
+    """Section 2 of the program, rule by rule: each is kept in two places,
+    and each place alone keeps it."""
+
+    def dialogue(self):
+        return qr.Dialogue(
+            qr.Connection(Scripted(), VirtualClock().at_once,
+                          VirtualClock()), 5, qr.Redactor(), qr.NO_TRACE)
+
+    def transaction(self):
+        return qr.Transaction(
+            self.dialogue(),
+            qr.SessionFacts(b'192.0.2.1', {}, False, b'', b'', b''),
+            qr.Envelope(b's@x', [b'r@x']), None)
+
+    def attempt(self, **context):
+        context.setdefault('tls_control', lambda name: None)
+        return qr.ServerTry(server_at(b'192.0.2.1', 25), value_of(qr.Route),
+                            None, control_files(), context_of(**context))
+
+    def session(self, relay=b'relay.example', level=qr.TlsPolicy.SYSTEM,
+                port=587, failure=b'', encrypted=True):
+        session = qr.Session(
+            self.dialogue(), server_at(b'192.0.2.1', port),
+            value_of(qr.Route, relay=relay, credentials=(b'u', b'p')),
+            qr.TlsSetup(qr.TlsPolicy(level, None), None, None, failure),
+            b'me')
+        session.encrypted = encrypted
+        return session
+
+    def guard(self, **options):
+        self.session(**options).guard_password()
+
+    def test_rule_1(self):
+        """A password only to a relay that a control file names."""
+        senders = qr.parse_senders(b's@x|u|p')
+        self.check(None, lambda: qr.choose_route(b'h', b's@x', control_files(
+            authsenders=senders)).credentials)
+        self.check((b'u', b'p'), lambda: qr.choose_route(
+            b'h', b's@x', control_files(
+                authsenders=senders,
+                smtproutes=qr.parse_routes(b':r'))).credentials)
+        self.check(None, self.guard)
+        self.check(qr.NO_RESOURCES, lambda: self.guard(relay=None))
+
+    def test_rule_2(self):
+        """A password only over verified TLS, never after TLS has failed."""
+        files = qr.TlsControl(None, False, None, b'')
+        policy = qr.choose_tls(server_at(b'192.0.2.1', 2525), True, files)
+        self.assertEqual(qr.TlsPolicy.SYSTEM, policy.level)
+        unchecked = qr.choose_tls(server_at(b'192.0.2.1', 25), True, files)
+        self.check(None, qr.last_policy, unchecked, qr.TlsFailed(b''), 25,
+                   True)
+        for options in (dict(encrypted=False),
+                        dict(level=qr.TlsPolicy.IF_OFFERED),
+                        dict(port=25, encrypted=False, failure=b'why')):
+            self.check(qr.NO_RESOURCES, lambda: self.guard(**options))
+        self.check(None, lambda: self.guard(port=25, encrypted=False))
+        # Where TLS failed before, a server that offers none now is no better.
+        session = self.session(port=25, level=qr.TlsPolicy.IF_OFFERED,
+                               failure=b'why', encrypted=False)
+        self.assertRaisesRegex(qr.TlsFailed, 'does not offer STARTTLS',
+                               session.start_tls)
+
+    def test_rule_3(self):
+        """No end of the data before its time."""
+        message = b'a\n.\nb\r.\r\n.\n'
+        for at in range(len(message)):
+            wire = b'\r\n' + b''.join(qr.wire_form([message[:at],
+                                                    message[at:]]))
+            self.assertNotIn(b'\r\n.\r\n', wire)
+        end = b'a\r\n.\r\nb'
+        for at in range(len(end)):
+            transaction = self.transaction()
+
+            def send():
+                for part in end[:at], end[at:]:
+                    transaction.guard_end_of_data(part)
+            self.check(qr.NO_RESOURCES, send)
+        self.check(qr.NO_RESOURCES, self.transaction().guard_end_of_data,
+                   b'.\r\n')
+        self.check(None, self.transaction().guard_end_of_data, b'..\r\n')
+
+    def test_rule_4(self):
+        """No byte of an address becomes a command."""
+        for byte in b'\r', b'\n', b'\0':
+            self.check(None, qr.envelope_address, b'a' + byte + b'@x')
+            if byte != b'\n':
+                self.check(qr.Invalid, qr.parse_helohost, b'a' + byte + b'b')
+            dialogue = self.dialogue()
+            self.check(qr.NO_RESOURCES, dialogue.send_pipelined,
+                       [(qr.MAIL, b'MAIL FROM:<a' + byte + b'>')])
+            self.assertEqual(b'', dialogue.connection.sock.data)
+
+    def test_rule_5(self):
+        """No mail by DNS to this host."""
+        def find(is_own):
+            zone = Zone({'h MX': [(5, 'a'), (9, 'b')], 'a A': ['192.0.2.1'],
+                         'b A': ['192.0.2.2'], 'a AAAA': [], 'b AAAA': []})
+            found = qr.find_servers(b'h', value_of(qr.Route), zone, is_own)
+            return found.report or [server.address
+                                    for server in found.servers]
+        self.check([b'192.0.2.1'], find, lambda a: a == b'192.0.2.2')
+        self.check(qr.OWN_ADDRESS, find, lambda a: a == b'192.0.2.1')
+        result = self.attempt(is_own=lambda address: True).run()
+        self.assertEqual((True, False), (result.try_next, result.reached))
+
+    def test_rule_6(self):
+        """From the last byte on the message is in doubt, whatever fails."""
+        class Broken(qr.Trace):
+            def progress(self, sent, size):
+                raise qr.LocalFault(qr.KILLED)
+        for step, in_doubt in ((qr.DATA, False), (qr.END, True)):
+            transaction = self.transaction()
+            transaction.message = qr.Message(0)
+            transaction.dialogue.trace = Broken()
+            self.check(qr.KILLED, transaction.send_block, b'x.\r\n', step)
+            self.assertEqual(in_doubt, transaction.dialogue.in_doubt)
+
+    def test_rule_7(self):
+        """K only after a 2xx reply to the end of the data."""
+        for code, letter, in_doubt in ((b'250', b'K', False),
+                                       (b'554', b'D', False)):
+            transaction = self.transaction()
+            dialogue = transaction.dialogue
+            dialogue.connection.sock.received = iter([code + b' x\r\n'])
+            dialogue.advance(sent=qr.END, replied=qr.DATA)
+            self.assertTrue(dialogue.in_doubt)
+            result = transaction.end_of_data_reply()
+            self.assertEqual((letter, False),
+                             (result.report[:1], dialogue.in_doubt))
+            self.attempt().confirm(result, dialogue)
+            self.assertEqual(letter, result.report[:1])
+        result = qr.Result(b'K')
+        self.attempt().confirm(result, self.dialogue())
+        self.assertEqual(qr.DIED_LATE % b'192.0.2.1', result.report)
+
+    def test_rule_10(self):
+        """Only names and addresses in paths."""
+        for label in b'..', b'a/b', b'.', b'a\0':
+            self.check(None, qr.host_text,
+                       bytes((len(label),)) + label + b'\0')
+        for name in b'../x', b'/x', b'.x', b'a/../x':
+            self.check(qr.NO_CONTROL, qr.read_tls_control, name)
+
+    def test_late_servers_without_resources(self):
+        """Trouble of ours while the late ones are asked for: what the first
+        ones have said counts."""
+        def find():
+            raise OSError(errno.EMFILE, '')
+        server = server_at(b'192.0.2.1', 25)
+        self.assertEqual([server], list(qr.late_ones([server], find)))
+
+    # What keeps each rule: the text, and what is left without it.
+    KEEPERS = [
+        (1, '    if route.relay is None:\n        route = Route(',
+         '    if False:\n        route = Route('),
+        (1, 'self.route.relay is None or \\', 'False or \\'),
+        (2, '    verify = password and must_verify(server)',
+         '    verify = False'),
+        (2, 'if policy.required or password or port', 'if policy.required or '
+         'port'),
+        (2, '(self.tls_failure and not self.encrypted) or', 'False or'),
+        (2, '(unchecked or not self.encrypted)', 'False'),
+        (3, "text.replace(b'\\n.', b'\\n..')", 'text'),
+        (3, "b'.' if line_start and text.startswith(b'.') else b''", "b''"),
+        (3, "(b'.' in block and end in block)", 'False'),
+        (3, 'end in self.seam + block[:len(end)]', 'False'),
+        (4, "    if b'\\r' in address or b'\\n' in address or", '    if'),
+        (4, 'if not name or unsafe(name)', 'if not name'),
+        (4, "if b'\\r' in line or b'\\n' in line or b'\\0' in line:",
+         'if False:'),
+        (5, 'if exchanger.preference < limit]', ']'),
+        (5, 'if self.route.relay is None and self.context.is_own',
+         'if False and self.context.is_own'),
+        (7, '        if reply.code < 300:\n            self.dialogue.adv',
+         '        if True:\n            self.dialogue.adv'),
+        (7, "if result.report[:1] == b'K' and dialogue.replied < END",
+         'if False'),
+        (10, "c in b'abcdefghijklmnopqrstuvwxyz0123456789-_'", 'True'),
+        (10, "if b'/' in name or name[:1] == b'.':", 'if False:')]
+
+    def test_each_keeper_is_needed(self):
+        """Without it the test of its rule fails."""
+        with open(PROGRAM, encoding='utf-8') as f:
+            program = f.read()
+
+        def survives(keeper):
+            rule, old, new = keeper
+            assert program.count(old) == 1, old
+            with tempfile.TemporaryDirectory() as place:
+                for name, text in (
+                        ('qmail_remote.py', program.replace(old, new)),
+                        ('test_qmail_remote.py', None)):
+                    path = os.path.join(place, name)
+                    if text is None:
+                        os.symlink(os.path.abspath(__file__), path)
+                    else:
+                        with open(path, 'w', encoding='utf-8') as f:
+                            f.write(text)
+                code = ('import sys; sys.path.insert(0, sys.argv[1]); '
+                        'import unittest, test_qmail_remote as t; '
+                        't.HERE = sys.argv[1]; '
+                        'r = unittest.TestResult(); unittest.defaultTest'
+                        'Loader.loadTestsFromName(sys.argv[2], t).run(r); '
+                        'print(t.qr.__file__, len(r.failures) + '
+                        'len(r.errors), r.testsRun)')
+                done = subprocess.run(
+                    [sys.executable, '-BS', '-c', code, place,
+                     'SafetyRules.test_rule_%d' % rule],
+                    stdout=subprocess.PIPE, timeout=60)
+                file, failures, ran = done.stdout.split()
+                assert file.startswith(os.fsencode(place)) and ran == b'1'
+                return failures == b'0'
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for keeper, alive in zip(self.KEEPERS,
+                                     pool.map(survives, self.KEEPERS)):
+                with self.subTest(keeper):
+                    self.assertFalse(alive)
+
+
 # ------------------------------------------------------------ Fuzzing
 # Random servers, messages, DNS answers, control files and addresses, each
 # made from a seed and a number alone, through the real code on a virtual
