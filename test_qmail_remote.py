@@ -13965,14 +13965,19 @@ Place = collections.namedtuple('Place', 'port')
 
 
 def forked(work, *args):
-    """A child process that does nothing but work(*args); its id."""
+    """A child process that does nothing but work(*args); its id.  It ends
+    with status 0, unless an exception ends it."""
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             signal.alarm(BENCH_LIMIT)
             work(*args)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(status)
     return child
 
 
@@ -14402,9 +14407,11 @@ def check():
     os.write(queue, bytes(range(len(names))))
     os.close(queue)
     children = [forked(lambda: check_some(names, numbers, folder))
-                for _ in range(min(4, os.cpu_count() or 1))]
+                for _ in range(min(4, 1 + (os.cpu_count() or 1)))]
     for child in children:
-        os.waitpid(child, 0)
+        status = os.waitpid(child, 0)[1]
+        if status:
+            print('\nA process of tests ended: %#x' % status, file=sys.stderr)
     total, reasons, bad = 0, collections.defaultdict(list), []
     for name in names:
         try:
