@@ -4606,8 +4606,7 @@ class SafetyRules(Tables):
 
     def test_rule_7(self):
         """K only after a 2xx reply to the end of the data."""
-        for code, letter, in_doubt in ((b'250', b'K', False),
-                                       (b'554', b'D', False)):
+        for code, letter in (b'250', b'K'), (b'554', b'D'):
             transaction = self.transaction()
             dialogue = transaction.dialogue
             dialogue.connection.sock.received = iter([code + b' x\r\n'])
