@@ -1206,8 +1206,9 @@ def redactor(secrets, user=b''):
 
 
 def context_of(**fields):
-    """A Context without what is not named, and with nobody looking on."""
-    default = dict(trace=qr.NO_TRACE, tls_context=qr.tls_context)
+    """A Context without what is not named, and with no trace."""
+    default = dict(trace=qr.NO_TRACE, tls_context=qr.tls_context,
+                   is_own=lambda address: False)
     default.update(fields)
     return value_of(qr.Context, **default)
 
