@@ -220,6 +220,7 @@ DNS_TRUSTED = b'127.0.0.1', b'::1', b'127.0.0.53'
 DNS_UDP_SIZE = 1232             # of a datagram that no network has to cut
                                 # (dnsflagday.net/2020)
 DNS_NAME_MAX = 255              # of a name in wire form (RFC 1035 2.3.4)
+DNS_TLSA_MAX = 32               # TLSA records of one server; our choice
 DNS_LINKS_MAX = 10              # CNAMEs followed for one question
 DNS_TOGETHER = 3 * EXCHANGERS_MAX       # questions at once: A, AAAA, TLSA
 DNS_BYTES_MAX = DNS_TOGETHER * 1365     # answers to one delivery: 512 KiB
@@ -2199,7 +2200,9 @@ def dane_records(addresses, tlsa, alias=None):
         return UNKNOWN_TLSA
     if not tlsa.is_secure():
         return NO_TLSA
-    return Tlsa(Tlsa.RECORDS, tlsa.values, None) if counts else UNKNOWN_TLSA
+    if not counts:
+        return UNKNOWN_TLSA
+    return Tlsa(Tlsa.RECORDS, tlsa.values[:DNS_TLSA_MAX], None)
 
 
 def literal_target(wire_name):

@@ -11315,6 +11315,10 @@ class TlsTables(Tables):
                 (qr.UNKNOWN_TLSA, a, none, failed),
                 (missing, guessed, none, failed), (missing, a, none, None)]:
             self.check(result, qr.dane_records, questions[:2], questions[2])
+        secure = qr.Lookup(qr.Lookup.OK, [tlsa(3, 1, 1, 'relay')] * 33, True,
+                           b'\1x\0')
+        self.assertEqual(qr.DNS_TLSA_MAX, len(
+            qr.dane_records([secure], secure).records))
 
     def test_tls_reason(self):
         class Failure(ssl.SSLError):
